@@ -1,0 +1,241 @@
+"""The specification, in NumPy and float64; also the backend for NumPy arrays.
+
+Each function says what its kernel must compute. It reads the cache tokens that count and no others, so that
+whatever lies in unused pages, in slots past a sequence's end or outside of the window cannot matter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cupyattn.cache import PagedKVCache, PageTable
+from cupyattn.rope import Rope
+
+# Queries are taken in runs whose logits stay below this many numbers (32 MiB), however long the sequence.
+_LOGITS_AT_ONCE = 1 << 22
+
+
+def decode(
+    q: np.ndarray,
+    cache: PagedKVCache,
+    pages: PageTable,
+    *,
+    sm_scale: float,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    qo_indptr: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of new tokens over a paged cache.
+
+    Token ``i`` of the ``n`` query tokens of a request stands at position ``p = kv_len - n + i`` and sees the
+    keys ``j`` with ``max(0, p - window_left) <= j <= p`` (all ``j <= p`` where `window_left` is -1); with a
+    negative position it sees none. For query head ``h`` and its key/value head ``g = h // group_size``::
+
+        logit[j] = sm_scale * dot(q[h], k[j, g])
+        logit[j] = cap * tanh(logit[j] / cap)              where logits_soft_cap = cap > 0
+        lse      = log(sum_j exp(logit[j]))                -inf over no keys
+        out      = sum_j exp(logit[j] - lse) * v[j, g]     0 over no keys
+
+    Parameters
+    ----------
+    q : array, shape [batch, num_qo_heads, head_dim]
+        One token per request, or [total_q, num_qo_heads, head_dim] with `qo_indptr`.
+    cache : PagedKVCache
+    pages : PageTable
+    sm_scale : float
+    window_left : int
+        How many tokens before its own a query sees; 0 means its own only, -1 means all.
+    logits_soft_cap : float
+        0 means none.
+    qo_indptr : array, shape [batch + 1], int, optional
+        Request ``b`` has query tokens ``qo_indptr[b] .. qo_indptr[b + 1] - 1``.
+
+    Returns
+    -------
+    out : array, shape of q, float64
+    lse : array, shape of q without head_dim, float64
+    """
+    num_qo_heads, head_dim = q.shape[1:]
+    k_nhd, v_nhd = cache.nhd()
+    _, page_size, num_kv_heads, _ = k_nhd.shape
+    group_size = num_qo_heads // num_kv_heads
+    out = np.zeros(q.shape)
+    lse = np.full(q.shape[:2], -np.inf)
+
+    starts = range(pages.batch_size + 1) if qo_indptr is None else qo_indptr.tolist()
+    kv_indptr = None if pages.kv_indptr is None else pages.kv_indptr.tolist()
+    for b, kv_len in enumerate(pages.kv_lens.tolist()):
+        row = pages.kv_indices[b if kv_indptr is None else slice(kv_indptr[b], kv_indptr[b + 1])]
+        shift = kv_len - starts[b + 1]  # position of query token t of the batch: shift + t
+        begin, end = max(starts[b], -shift), starts[b + 1]  # query tokens at positions >= 0
+        while begin < end:
+            first_key = 0 if window_left < 0 else max(0, shift + begin - window_left)
+            # A run of queries reads the keys from the first one's window to the last one's position.
+            run = max(1, _LOGITS_AT_ONCE // (num_qo_heads * (kv_len - first_key)))
+            stop = min(end, begin + run)
+            last_key = shift + stop - 1
+            page_ids = row[first_key // page_size : last_key // page_size + 1]
+            tokens = slice(first_key % page_size, first_key % page_size + last_key - first_key + 1)
+            # float64 [kv_heads, keys, head_dim]
+            k, v = (
+                pages_nhd[page_ids]
+                .reshape(-1, num_kv_heads, head_dim)[tokens]
+                .astype(np.float64)
+                .swapaxes(0, 1)
+                for pages_nhd in (k_nhd, v_nhd)
+            )
+            # float64 [kv_heads, queries, group, head_dim]
+            q_run = (
+                q[begin:stop]
+                .astype(np.float64)
+                .reshape(-1, num_kv_heads, group_size, head_dim)
+                .swapaxes(0, 1)
+            )
+            logits = (q_run.reshape(num_kv_heads, -1, head_dim) * sm_scale) @ k.swapaxes(1, 2)
+            if logits_soft_cap > 0:
+                logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+            logits = logits.reshape(num_kv_heads, stop - begin, group_size, -1)
+            if stop - begin > 1:
+                position = np.arange(shift + begin, shift + stop)[:, None, None]
+                key = np.arange(first_key, last_key + 1)
+                hidden = key > position
+                if window_left >= 0:
+                    hidden |= key < position - window_left
+                logits = np.where(hidden, -np.inf, logits)
+            # Every query sees its own key at least, so the maximum is a logit and the sum is at least 1.
+            top = logits.max(axis=-1, keepdims=True)
+            weights = np.exp(logits - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            weights /= total
+            mixed = weights.reshape(num_kv_heads, -1, weights.shape[-1]) @ v
+            mixed = mixed.reshape(num_kv_heads, stop - begin, group_size, head_dim)
+            out[begin:stop] = mixed.swapaxes(0, 1).reshape(-1, num_qo_heads, head_dim)
+            lse[begin:stop] = (top + np.log(total))[..., 0].swapaxes(0, 1).reshape(-1, num_qo_heads)
+            begin = stop
+    return out, lse
+
+
+def merge_states(out: np.ndarray, lse: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Merge attention states over disjoint sets of keys.
+
+    States ``(out_i, lse_i)`` merge into ``lse = log(sum_i exp(lse_i))`` and ``out = sum_i exp(lse_i - lse) *
+    out_i``. This is associative and commutative. A state with ``lse = -inf`` is empty, the identity, whatever
+    its `out` holds; a merge of nothing but empty states is ``(0, -inf)``.
+
+    Parameters
+    ----------
+    out : array, shape [..., n, ..., head_dim]
+        States stacked along `axis`.
+    lse : array, shape of `out` without head_dim
+    axis : int
+        An axis of `lse`; negative ones count from its end.
+
+    Returns
+    -------
+    out : array, shape of `out` without `axis`, float64
+    lse : array, shape of `lse` without `axis`, float64
+    """
+    axis = axis + lse.ndim if axis < 0 else axis
+    lse = lse.astype(np.float64)
+    top = lse.max(axis=axis, keepdims=True, initial=-np.inf)
+    empty = np.isneginf(lse)
+    weights = np.exp(lse - np.where(np.isneginf(top), 0.0, top))
+    total = weights.sum(axis=axis, keepdims=True)
+    # The largest weight is 1, so a total below 1 means that all states are empty: divide their zeros by 1.
+    weights /= np.where(total > 0, total, 1.0)
+    merged = (weights[..., None] * np.where(empty[..., None], 0.0, out.astype(np.float64))).sum(axis=axis)
+    with np.errstate(divide="ignore"):
+        return merged, (np.where(np.isneginf(top), 0.0, top) + np.log(total)).squeeze(axis)
+
+
+def token_positions(kv_lens: np.ndarray, qo_indptr: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Request and position of each new token: the new ones are the last of a request's `kv_lens` tokens.
+
+    Parameters
+    ----------
+    kv_lens : array, shape [batch], int
+        Tokens of each request, the new ones included.
+    qo_indptr : array, shape [batch + 1], int, or None
+        Offsets of each request's new tokens; None means one each.
+
+    Returns
+    -------
+    request, position : arrays, shape [tokens], int64
+    """
+    if qo_indptr is None:
+        qo_indptr = np.arange(len(kv_lens) + 1)
+    ends = qo_indptr[1:].astype(np.int64)
+    request = np.repeat(np.arange(len(kv_lens)), np.diff(qo_indptr))
+    return request, np.arange(len(request)) + (kv_lens - ends)[request]
+
+
+def apply_rope(x: np.ndarray, positions: np.ndarray, rope: Rope) -> np.ndarray:
+    """Rotate each token's heads to its position.
+
+    Each pair ``(a, b)`` of dimensions becomes ``(a cos - b sin, a sin + b cos)`` of its angle; see `Rope` for
+    which dimensions make a pair and by what angle it turns.
+
+    Parameters
+    ----------
+    x : array, shape [tokens, heads, head_dim]
+    positions : array, shape [tokens], int
+    rope : Rope
+
+    Returns
+    -------
+    array, shape of x, float64
+    """
+    inv_freq = rope.inv_freq_array(x.shape[-1])
+    half = len(inv_freq)
+    angle = (positions / rope.scale)[:, None, None] * inv_freq
+    cos, sin = np.cos(angle), np.sin(angle)
+    if rope.interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    else:
+        first, second = slice(0, half), slice(half, 2 * half)
+    rotated = x.astype(np.float64)
+    a, b = rotated[..., first].copy(), rotated[..., second].copy()
+    rotated[..., first] = a * cos - b * sin
+    rotated[..., second] = a * sin + b * cos
+    return rotated
+
+
+def append(
+    k: np.ndarray,
+    v: np.ndarray,
+    cache: PagedKVCache,
+    pages: PageTable,
+    *,
+    qo_indptr: np.ndarray | None = None,
+    rope: Rope | None = None,
+) -> None:
+    """Write new tokens into the cache, in place: the last of each request's ``pages.kv_lens`` tokens.
+
+    A token at a negative position (a request with more new tokens than its length, such as a padding row of
+    length 0) is not stored.
+
+    Parameters
+    ----------
+    k, v : array, shape [tokens, num_kv_heads, head_dim]
+    cache : PagedKVCache
+    pages : PageTable
+        With lengths that count the new tokens already.
+    qo_indptr : array, shape [batch + 1], int, optional
+        Request ``b`` has new tokens ``qo_indptr[b] .. qo_indptr[b + 1] - 1``; one each by default.
+    rope : Rope, optional
+        Rotates `k` (not `v`) by the positions before it is stored.
+    """
+    request, position = token_positions(pages.kv_lens, qo_indptr)
+    if rope is not None:
+        k = apply_rope(k, position, rope)
+    stored = position >= 0
+    if not stored.all():
+        request, position, k, v = request[stored], position[stored], k[stored], v[stored]
+    column, slot = np.divmod(position, cache.page_size)
+    if pages.kv_indptr is None:
+        page_ids = pages.kv_indices[request, column]
+    else:
+        page_ids = pages.kv_indices[pages.kv_indptr.astype(np.int64)[request] + column]
+    k_nhd, v_nhd = cache.nhd()
+    k_nhd[page_ids, slot] = k.astype(k_nhd.dtype, copy=False)
+    v_nhd[page_ids, slot] = v.astype(v_nhd.dtype, copy=False)

@@ -1,0 +1,68 @@
+"""Hypothesis strategies for problems: they draw arguments of `build_problem`, which print and shrink well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from problems import STORAGES
+
+from cupyattn.rope import Rope
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+
+
+@st.composite
+def problem_arguments(
+    draw: st.DrawFn,
+    *,
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32"),
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    max_batch: int = 4,
+    max_len: int = 200,
+    max_qo_len: int = 8,
+) -> dict[str, Any]:
+    """Arguments of `build_problem`: every layout, storage, table, length and option that `decode` takes."""
+    page_size = draw(st.sampled_from((1, 2, 3, 8, 16, 64)))
+    # Lengths around page and tile edges are where mistakes are.
+    edges = st.sampled_from([n for e in (page_size, 2 * page_size, 64, 128) for n in (e - 1, e, e + 1)])
+    length = st.one_of(st.just(0), st.integers(0, max_len), edges.map(lambda n: min(n, max_len)))
+    kv_lens = draw(st.lists(length, min_size=0, max_size=max_batch))
+    ragged = draw(st.booleans())
+    batch = len(kv_lens)
+    qo_len = st.integers(0, max_qo_len)
+    return {
+        "kv_lens": kv_lens,
+        "qo_lens": draw(st.lists(qo_len, min_size=batch, max_size=batch)) if ragged else None,
+        "page_size": page_size,
+        "num_kv_heads": draw(st.integers(1, 4)),
+        "group_size": draw(st.sampled_from((1, 2, 3, 4, 5, 7, 8, 12, 16))),
+        "head_dim": draw(st.sampled_from(head_dims)),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "layout": draw(st.sampled_from(("NHD", "HND"))),
+        "storage": draw(st.sampled_from(STORAGES)),
+        "dense": draw(st.booleans()),
+        "window_left": draw(st.one_of(st.just(-1), st.just(0), st.integers(0, max_len))),
+        "logits_soft_cap": draw(st.sampled_from((0.0, 0.0, 1.0, 30.0))),
+        "sm_scale": draw(st.sampled_from((None, 0.25, 1.0))),
+        "spare_entries": draw(st.integers(0, 2)),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@st.composite
+def ropes(draw: st.DrawFn, *, head_dim: int = min(HEAD_DIMS)) -> Rope | None:
+    """None, or a `Rope` that suits every head of at least `head_dim`."""
+    if draw(st.booleans()):
+        return None
+    rotary_dim = draw(st.sampled_from((None, 2, 32, head_dim)))
+    inv_freq = None
+    if rotary_dim is not None and draw(st.booleans()):
+        inv_freq = draw(st.lists(st.floats(0, 1), min_size=rotary_dim // 2, max_size=rotary_dim // 2))
+    return Rope(
+        theta=draw(st.sampled_from((1e4, 1e6))),
+        rotary_dim=rotary_dim,
+        interleaved=draw(st.booleans()),
+        scale=draw(st.sampled_from((1.0, 8.0))),
+        inv_freq=inv_freq,
+    )
