@@ -1,0 +1,170 @@
+"""The library's kernels: what each is called, which template arguments it comes with, how it is sized."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cupyattn.runtime.registry import KernelSpec, register_kernel
+
+#: Elements of CUDA arrays, by dtype name.
+CUDA_TYPES = {
+    "float16": "cupyattn::half_t",
+    "bfloat16": "cupyattn::bfloat16_t",
+    "float32": "float",
+}
+DECODE_DTYPES = ("float16", "bfloat16")
+APPEND_THREADS = 128  # kAppendThreads of append.cu
+DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+
+_KiB = 1024
+_RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One shape of the decode kernel: the template parameters after T and kHeadDim (see decode.cu)."""
+
+    warps_q: int
+    warps_kv: int
+    tile_kv: int
+    num_stages: int
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps_q * self.warps_kv
+
+    @property
+    def tile_q(self) -> int:
+        """Query rows of a tile."""
+        return 16 * self.warps_q
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory of a CTA."""
+        row_chunks = head_dim // 8
+        row_bytes = 16 * (row_chunks if row_chunks % 8 == 0 else row_chunks | 1)
+        kv_tiles = self.num_stages * 2 * self.tile_kv * row_bytes
+        logits = 4 * self.tile_q * self.tile_kv if self.warps_kv > 1 else 0
+        row_offsets = 2 * 2 * self.tile_kv * 8
+        return kv_tiles + logits + row_offsets
+
+
+def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
+    """Choose the shape for `rows` query rows (query tokens x group size) per KV head.
+
+    Up to 16 rows all warps share them and split the keys; with more, four warps take 16 rows each. Then
+    as many stages as let two CTAs share an SM, so that one copies while the other computes: on an H100
+    (228 KiB), head_dim 128, 64-key tiles of 32 KiB: 3 stages = 96 KiB + 6 KiB, twice. Where two stages do not
+    fit twice (head_dim 256), one CTA takes the SM.
+    """
+    per_sm = shared_bytes_per_sm(arch)
+    narrow = per_sm <= 100 * _KiB and head_dim > 128  # two 64-key stages would not fit at all
+    if rows <= 16:
+        warps_q, warps_kv, tile_kv = (1, 2, 32) if narrow else (1, 4, 64)
+    else:  # from head_dim 192 on, two warps share the columns of a row, or registers would spill
+        warps_q, warps_kv, tile_kv = (4, 2 if head_dim > 128 else 1, 32 if narrow else 64)
+    best = None
+    for num_ctas, num_stages in itertools.product((2, 1), (4, 3, 2)):
+        best = DecodeConfig(warps_q, warps_kv, tile_kv, num_stages)
+        if num_ctas * (best.shared_bytes(head_dim) + _RESERVED_SHARED_BYTES) <= per_sm:
+            return best
+    raise ValueError(f"decode: head_dim = {head_dim} does not fit into {per_sm} bytes of shared memory ({arch})")
+
+
+def shared_bytes_per_sm(arch: str) -> int:
+    """Shared memory of an SM, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
+    capability = int("".join(c for c in arch.removeprefix("sm_") if c.isdigit()))
+    if capability in (80, 87):
+        return 164 * _KiB
+    if capability in (86, 89) or capability >= 120:
+        return 100 * _KiB
+    return 228 * _KiB
+
+
+def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
+    for dtype, head_dim, rows in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS, (16, 64)):
+        yield decode_template(dtype, head_dim, decode_config(arch, head_dim, rows))
+
+
+def decode_template(dtype: str, head_dim: int, config: DecodeConfig) -> tuple[str | int, ...]:
+    """Template arguments of the decode kernel."""
+    return (
+        CUDA_TYPES[dtype],
+        head_dim,
+        config.warps_q,
+        config.warps_kv,
+        config.tile_kv,
+        config.num_stages,
+    )
+
+
+def merge_vector(dtype: str, head_dim: int, aligned: bool) -> int:
+    """Elements that a lane of the merge kernel moves at once: 16 bytes where everything is aligned to them."""
+    width = 4 if dtype == "float32" else 8
+    return width if aligned and head_dim % width == 0 else 1
+
+
+def _args(**types: str) -> tuple[tuple[str, str], ...]:
+    """Expand {"ptr": "q k", "i32": "n"} into (("q", "ptr"), ("k", "ptr"), ("n", "i32")): C order, C names."""
+    return tuple((name, kind.rstrip("_")) for kind, names in types.items() for name in names.split())
+
+
+DECODE = register_kernel(
+    KernelSpec(
+        name="decode",
+        source="decode.cu",
+        symbol="cupyattn::decode_kernel",
+        template=("T", "kHeadDim", "kWarpsQ", "kWarpsKV", "kTileKV", "kStages"),
+        args=_args(
+            ptr="q k_pages v_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
+            "partial_out partial_lse arrival_counters",
+            i64="q_stride_token q_stride_head k_stride_page k_stride_token k_stride_head "
+            "v_stride_page v_stride_token v_stride_head out_stride_token out_stride_head "
+            "lse_stride_token lse_stride_head",
+            i32="batch_size num_kv_heads group_size page_size table_row_stride num_table_entries "
+            "window_left",
+            f32="sm_scale logits_soft_cap",
+        ),
+        instances=_decode_instances,
+        archs="sm_80",
+    )
+)
+
+MERGE_STATES = register_kernel(
+    KernelSpec(
+        name="merge_states",
+        source="merge.cu",
+        symbol="cupyattn::merge_states_kernel",
+        template=("T", "kVec"),
+        args=_args(
+            ptr="first_out first_lse rest_out rest_lse out lse",
+            i64="num_rows",
+            i32="num_states head_dim",
+            i64_="num_inner state_stride outer_stride out_outer_stride",
+        ),
+        instances=lambda arch: (
+            (CUDA_TYPES[dtype], vec) for dtype in CUDA_TYPES for vec in (1, 4 if dtype == "float32" else 8)
+        ),
+        archs="sm_80",
+    )
+)
+
+APPEND = register_kernel(
+    KernelSpec(
+        name="append",
+        source="append.cu",
+        symbol="cupyattn::append_kernel",
+        template=("T",),
+        args=_args(
+            ptr="k v k_pages v_pages q q_out qo_indptr kv_indptr kv_indices kv_lens inv_freq",
+            i64="k_in_stride_token k_in_stride_head v_in_stride_token v_in_stride_head "
+            "k_stride_page k_stride_token k_stride_head v_stride_page v_stride_token v_stride_head "
+            "q_stride_token q_stride_head q_out_stride_token q_out_stride_head",
+            i32="batch_size num_kv_heads num_qo_heads head_dim page_size table_row_stride rotary_dim rope_mode",
+        ),
+        instances=lambda arch: ((CUDA_TYPES[dtype],) for dtype in DECODE_DTYPES),
+        archs="sm_80",
+    )
+)

@@ -1,0 +1,467 @@
+// GQA/MQA/MHA decode attention over a paged KV cache, in one launch.
+//
+// Grid: as many CTAs as fit on the device (persistent). Each takes an equal, contiguous run of KV tiles
+// (schedule.cuh) through a ring of kStages shared-memory tiles; copies run ahead across groups and requests.
+// kWarpsQ x kWarpsKV warps work on a tile of 16 * kWarpsQ query rows x kTileKV keys:
+//   S = Q K^T   warp (wq, wk) takes 16 rows and its share of the *keys*;
+//   S is exchanged through shared memory, so that each warp holds its 16 rows' softmax over all keys;
+//   O += P V    warp (wq, wk) takes 16 rows and its share of the *head dimension*.
+// So a warp ends with finished columns of O: nothing is left to merge inside the CTA.
+// A row of the tile is (query token, query head of the group): row = token * group_size + head.
+
+#include "cupyattn/cp_async.cuh"
+#include "cupyattn/mma.cuh"
+#include "cupyattn/paged.cuh"
+#include "cupyattn/schedule.cuh"
+#include "cupyattn/state.cuh"
+#include "cupyattn/tile.cuh"
+
+namespace cupyattn {
+
+// tanh through exp2: 1 - 2 / (1 + e^2x). tanh.approx would cost 2^-11 of the cap, too much for fp16 output.
+__device__ __forceinline__ float tanh_accurate(float x) {
+  return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(fminf(2.0f * kLog2E * x, 126.0f)));
+}
+
+template <typename T>
+__device__ __forceinline__ void store4(T* gmem, const float4& x) {
+  *reinterpret_cast<uint2*>(gmem) = make_uint2(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w));
+}
+
+// Merges partial states of each row, in order. Partial j is row `slot_row(j) + row` of the partials. They come
+// from other SMs: __ldcg reads L2, where they are; L1 could hold an older launch's.
+template <int kHeadDim, int kThreads, typename SlotRow, typename Write>
+__device__ __forceinline__ void merge_partials(const float* partial_out, const float* partial_lse, int num_partials,
+                                               int num_rows, SlotRow slot_row, Write write) {
+  constexpr int kVecs = kHeadDim / 4;
+  constexpr int kInFlight = 8;  // partials that one round trip to L2 brings
+  for (int i = threadIdx.x; i < num_rows * kVecs; i += kThreads) {
+    const int row = i / kVecs;
+    const int dim = i % kVecs * 4;
+    SoftmaxState state;
+    float4 acc = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int first = 0; first < num_partials; first += kInFlight) {
+      float lse[kInFlight];
+      float4 value[kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        lse[j] = neg_infinity();
+        value[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (first + j < num_partials) {
+          const i64 at = slot_row(first + j) + row;
+          lse[j] = __ldcg(partial_lse + at);
+          value[j] = __ldcg(reinterpret_cast<const float4*>(partial_out + at * kHeadDim + dim));
+        }
+      }
+      float lse_max = lse[0];
+#pragma unroll
+      for (int j = 1; j < kInFlight; ++j) lse_max = fmaxf(lse_max, lse[j]);
+      const float factor = state.raise(lse_max);
+      acc.x *= factor, acc.y *= factor, acc.z *= factor, acc.w *= factor;
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        const float weight = state.weight(lse[j]);
+        state.sum += weight;
+        acc.x += weight * value[j].x, acc.y += weight * value[j].y;
+        acc.z += weight * value[j].z, acc.w += weight * value[j].w;
+      }
+    }
+    const float inverse = state.inverse_sum();
+    acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
+    write(row, dim, acc, state.lse_log2());
+  }
+}
+
+template <typename T, int kHeadDim, int kWarpsQ, int kWarpsKV, int kTileKV, int kStages>
+__global__ void __launch_bounds__(32 * kWarpsQ* kWarpsKV)
+    decode_kernel(const T* __restrict__ q,              // [num_tokens, num_qo_heads, head_dim], strided
+                  const T* __restrict__ k_pages,        // paged, PageStrides
+                  const T* __restrict__ v_pages,        // paged, PageStrides
+                  const int* __restrict__ qo_indptr,    // [batch_size + 1] or null
+                  const int* __restrict__ kv_indptr,    // [batch_size + 1] or null
+                  const int* __restrict__ kv_indices,   // page ids
+                  const int* __restrict__ kv_lens,      // [batch_size]
+                  T* __restrict__ out,                  // as q
+                  float* __restrict__ lse,              // [num_tokens, num_qo_heads] or null, natural log
+                  float* partial_out,                   // [2 * num CTAs, kTileQ, head_dim]
+                  float* partial_lse,                   // [2 * num CTAs, kTileQ], base 2
+                  u32* __restrict__ arrival_counters,   // [kMaxLevels, 2 * num CTAs], 0 between launches
+                  i64 q_stride_token, i64 q_stride_head,
+                  i64 k_stride_page, i64 k_stride_token, i64 k_stride_head,
+                  i64 v_stride_page, i64 v_stride_token, i64 v_stride_head,
+                  i64 out_stride_token, i64 out_stride_head,
+                  i64 lse_stride_token, i64 lse_stride_head,
+                  int batch_size, int num_kv_heads, int group_size,
+                  int page_size, int table_row_stride,
+                  int num_table_entries,                // of kv_indices
+                  int window_left,                      // -1: unbounded
+                  float sm_scale,
+                  float logits_soft_cap) {              // 0: none
+  constexpr int kThreads = 32 * kWarpsQ * kWarpsKV;
+  constexpr int kTileQ = 16 * kWarpsQ;
+  constexpr int kKeysPerWarp = kTileKV / kWarpsKV;
+  constexpr int kKeyTiles = kTileKV / 8;             // 8 keys: one B operand
+  constexpr int kOwnKeyTiles = kKeysPerWarp / 8;
+  constexpr int kDimSteps = kHeadDim / 16;           // 16 of head_dim: one k-step of QK^T, two n-tiles of PV
+  constexpr int kOwnDimSteps = ceil_div(kDimSteps, kWarpsKV);
+  constexpr int kFanIn = 24;                         // partials that a node takes: 2 levels for 576 CTAs
+  static_assert(kHeadDim % 16 == 0 && kKeysPerWarp % 16 == 0, "a warp works on 16 x 16 blocks");
+  static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
+  static_assert(kStages >= 2, "one tile is read while another is filled");
+  using Layout = TileLayout<kHeadDim>;
+
+  const Problem problem{qo_indptr, kv_lens, batch_size, num_kv_heads, group_size, window_left};
+  const PageTable pages{kv_indptr, kv_indices, kv_lens, table_row_stride, page_size};
+  const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
+  const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
+
+  constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
+  constexpr int kExchangeBytes = kWarpsKV > 1 ? kWarpsQ * kKeyTiles * 2 * 32 * 8 : 0;
+  extern __shared__ __align__(128) unsigned char smem[];
+  unsigned char* smem_kv = smem;                                              // [kStages][K, V] tiles
+  float2* smem_s = reinterpret_cast<float2*>(smem_kv + kStages * 2 * kTileBytes);  // [kWarpsQ][key tile][half][lane]
+  i64* smem_rows = reinterpret_cast<i64*>(smem_kv + kStages * 2 * kTileBytes + kExchangeBytes);  // [2][K, V][kTileKV]
+  __shared__ u32 smem_is_last;
+
+  const int tid = threadIdx.x;
+  const int lane = tid % 32;
+  const int warp_q = tid / 32 / kWarpsKV;
+  const int warp_kv = tid / 32 % kWarpsKV;
+  const int quad_row = lane / 4;       // g of mma.cuh
+  const int quad_col = lane % 4 * 2;   // 2t of mma.cuh
+
+  // The chain lengths -> offsets -> page ids -> keys is what a small batch waits for. All CTAs together ask
+  // for offsets and page ids at once, so that they are in L2 when the lengths have come from DRAM.
+  constexpr int kLine = 32;  // entries of a 128-byte line
+  const i64 prefetch_entry = (static_cast<i64>(blockIdx.x) * kThreads + tid) * kLine;
+  if (prefetch_entry < num_table_entries) prefetch_l2(kv_indices + prefetch_entry);
+  if (kv_indptr != nullptr && tid * kLine <= batch_size) prefetch_l2(kv_indptr + tid * kLine);
+
+  Cursor<kTileKV, kTileQ> load;  // runs kStages - 1 tiles ahead of `use`
+  int total_units, num_ctas;
+  if (!begin_run<kThreads>(problem, load, total_units, num_ctas)) return;
+  Cursor<kTileKV, kTileQ> use = load;
+
+  // --- Producer: a row's place is looked up one tile before its copy starts. ---
+  // Threads 0 .. kTileKV - 1 find K rows, the next kTileKV V rows.
+  const int row_of_thread = tid % kTileKV;
+  const bool finds_v = tid / kTileKV == 1;
+  const bool finds_rows = tid < 2 * kTileKV;
+  const auto q_row_of = [&](const Request<kTileKV, kTileQ>& request, int kv_head, int row) {
+    const int token = request.qo_begin + row / group_size;
+    const int head = kv_head * group_size + row % group_size;
+    return token * q_stride_token + head * q_stride_head;
+  };
+
+  int found_page = -1;      // -1: no such key
+  int found_token = 0;
+  int found_head = 0;
+  const auto find_rows = [&]() {  // issues the read of the page table
+    found_page = -1;
+    if (!finds_rows || load.done()) return;
+    const int token = load.token_begin() + row_of_thread;
+    if (token >= load.request.kv_len) return;
+    found_page = __ldg(pages.pages_of(load.request_idx) + token / page_size);
+    found_token = token % page_size;
+    found_head = load.kv_head();
+  };
+  const auto store_rows = [&](int slot) {  // waits for it
+    if (!finds_rows) return;
+    i64 offset = -1;
+    if (found_page >= 0) {
+      offset = finds_v ? v_strides.offset(found_page, found_token, found_head)
+                       : k_strides.offset(found_page, found_token, found_head);
+    }
+    smem_rows[slot * 2 * kTileKV + tid] = offset;
+  };
+  const auto copy_tile = [&](int stage, int slot) {
+    constexpr int kChunks = kTileKV * Layout::kRowChunks;
+    static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
+    const u32 smem_tile = smem_address_of(smem_kv) + stage * 2 * kTileBytes;
+#pragma unroll
+    for (int kv = 0; kv < 2; ++kv) {
+      const T* gmem = kv == 0 ? k_pages : v_pages;
+      const i64* rows = smem_rows + (slot * 2 + kv) * kTileKV;
+#pragma unroll
+      for (int i = 0; i < kChunks / kThreads; ++i) {
+        const int row = (tid + i * kThreads) / Layout::kRowChunks;
+        const int chunk = (tid + i * kThreads) % Layout::kRowChunks;
+        const i64 offset = rows[row];
+        // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN would leak.
+        cp_async_16(smem_tile + kv * kTileBytes + Layout::offset(row, chunk), gmem + max(offset, 0ll) + chunk * 8,
+                    offset >= 0);
+      }
+    }
+  };
+  const auto prefetch_q = [&]() {  // so that `use` finds its queries in L2
+    const int row = load.q_tile() * kTileQ + tid;
+    if (tid < kTileQ && row < load.request.qo_len * group_size) {
+      prefetch_l2(q + q_row_of(load.request, load.kv_head(), row));
+    }
+  };
+
+  int load_stage = 0;
+  int load_slot = 0;
+  prefetch_q();
+  find_rows();
+  store_rows(0);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (!load.done()) {
+      copy_tile(load_stage, load_slot);
+      if (load.advance(problem) && !load.done()) prefetch_q();
+    }
+    cp_async_commit();
+    find_rows();
+    store_rows(load_slot ^ 1);
+    __syncthreads();
+    ++load_stage;
+    load_slot ^= 1;
+  }
+
+  // --- Consumer ---
+  u32 q_frag[kDimSteps][4];
+  float acc[kOwnDimSteps][2][4];
+  SoftmaxState state[2];  // rows quad_row and quad_row + 8; `sum` over this thread's columns only
+  int kv_max[2];          // last key that the row sees
+  int num_rows = 0;       // rows of this tile that exist
+  int use_stage = 0;
+  bool segment_begins = true;
+
+  for (; !use.done(); ++use_stage) {
+    if (use_stage == kStages) use_stage = 0;
+    if (load_stage == kStages) load_stage = 0;
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // the tile has landed; the stage read last, and its rows, are free
+
+    if (!load.done()) {
+      copy_tile(load_stage, load_slot);
+      if (load.advance(problem) && !load.done()) prefetch_q();
+    }
+    cp_async_commit();
+    find_rows();
+
+    const int segment_row = use.q_tile() * kTileQ + warp_q * 16;  // first row of the warp
+    const int segment_pos = use.request.kv_len - use.request.qo_len;  // key position of query token 0
+    if (segment_begins) {
+      segment_begins = false;
+      const int total_rows = use.request.qo_len * group_size;
+      num_rows = min(total_rows - use.q_tile() * kTileQ, kTileQ);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = segment_row + quad_row + half * 8;
+        const bool exists = row < total_rows;
+        kv_max[half] = segment_pos + min(row, total_rows - 1) / group_size;
+        const T* q_row = q + (exists ? q_row_of(use.request, use.kv_head(), row) : 0);
+#pragma unroll
+        for (int step = 0; step < kDimSteps; ++step) {
+          const u32* q_pair = reinterpret_cast<const u32*>(q_row + step * 16 + quad_col);
+          q_frag[step][half] = exists ? __ldg(q_pair) : 0u;
+          q_frag[step][half + 2] = exists ? __ldg(q_pair + 4) : 0u;
+        }
+        state[half] = SoftmaxState();
+      }
+#pragma unroll
+      for (int step = 0; step < kOwnDimSteps; ++step)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[step][n][i] = 0.0f;
+    }
+
+    // S = Q K^T over the warp's own keys.
+    const u32 smem_k = smem_address_of(smem_kv) + use_stage * 2 * kTileBytes;
+    const u32 smem_v = smem_k + kTileBytes;
+    float s[kKeyTiles][4];  // all keys; the warp's own at first
+    {
+      float own[kOwnKeyTiles][4];
+#pragma unroll
+      for (int n = 0; n < kOwnKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) own[n][i] = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kDimSteps; ++step) {
+#pragma unroll
+        for (int n = 0; n < kOwnKeyTiles; n += 2) {
+          u32 k_frag[4];
+          const int row = warp_kv * kKeysPerWarp + n * 8 + lane % 8 + lane / 16 * 8;
+          ldmatrix_x4(k_frag, smem_k + Layout::offset(row, step * 2 + lane / 8 % 2));
+          mma_m16n8k16<T>(own[n], q_frag[step], k_frag[0], k_frag[1]);
+          mma_m16n8k16<T>(own[n + 1], q_frag[step], k_frag[2], k_frag[3]);
+        }
+      }
+
+      // To base-2 logits, with what a row must not see at -inf.
+      const int token_begin = use.token_begin() + warp_kv * kKeysPerWarp + quad_col;
+#pragma unroll
+      for (int n = 0; n < kOwnKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float logit = own[n][i] * sm_scale;
+          if (logits_soft_cap > 0.0f) logit = logits_soft_cap * tanh_accurate(__fdividef(logit, logits_soft_cap));
+          const int token = token_begin + n * 8 + i % 2;
+          const int last = kv_max[i / 2];
+          const bool seen = token <= last && (window_left < 0 || token >= last - window_left);
+          own[n][i] = seen ? logit * kLog2E : neg_infinity();
+        }
+        if constexpr (kWarpsKV > 1) {
+          float2* slot = smem_s + ((warp_q * kKeyTiles + warp_kv * kOwnKeyTiles + n) * 2) * 32 + lane;
+          slot[0] = make_float2(own[n][0], own[n][1]);
+          slot[32] = make_float2(own[n][2], own[n][3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][i] = own[n][i];
+        }
+      }
+    }
+    if constexpr (kWarpsKV > 1) {
+      __syncthreads();
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+        const float2* slot = smem_s + ((warp_q * kKeyTiles + n) * 2) * 32 + lane;
+        const float2 low = slot[0];
+        const float2 high = slot[32];
+        s[n][0] = low.x, s[n][1] = low.y, s[n][2] = high.x, s[n][3] = high.y;
+      }
+    }
+
+    // Online softmax of the 16 rows.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float logit_max = neg_infinity();
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) logit_max = fmaxf(logit_max, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
+      logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 1));
+      logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 2));
+      const float factor = state[half].raise(logit_max);
+#pragma unroll
+      for (int step = 0; step < kOwnDimSteps; ++step)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) acc[step][n][half * 2] *= factor, acc[step][n][half * 2 + 1] *= factor;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = half * 2; i < half * 2 + 2; ++i) {
+          s[n][i] = state[half].weight(s[n][i]);
+          state[half].sum += s[n][i];
+        }
+    }
+
+    // O += P V over the warp's own dimensions.
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; n += 2) {
+      const u32 p_frag[4] = {pack2<T>(s[n][0], s[n][1]), pack2<T>(s[n][2], s[n][3]), pack2<T>(s[n + 1][0], s[n + 1][1]),
+                             pack2<T>(s[n + 1][2], s[n + 1][3])};
+#pragma unroll
+      for (int i = 0; i < kOwnDimSteps; ++i) {
+        const int step = i * kWarpsKV + warp_kv;
+        if (kDimSteps % kWarpsKV != 0 && step >= kDimSteps) continue;
+        u32 v_frag[4];
+        ldmatrix_x4_trans(v_frag, smem_v + Layout::offset(n * 8 + lane % 16, step * 2 + lane / 16));
+        mma_m16n8k16<T>(acc[i][0], p_frag, v_frag[0], v_frag[1]);
+        mma_m16n8k16<T>(acc[i][1], p_frag, v_frag[2], v_frag[3]);
+      }
+    }
+
+    if (use.last_of_segment()) {
+      const int first_unit = use.unit - use.tile;
+      const int last_unit = first_unit + use.request.num_tiles - 1;
+      const int first_cta = cta_of_unit(first_unit, total_units, num_ctas);
+      const int last_cta = cta_of_unit(last_unit, total_units, num_ctas);
+      const int cta = blockIdx.x;
+      const int kv_head = use.kv_head();
+      const int tile_row = use.q_tile() * kTileQ;
+
+      struct RowTarget {
+        T* out;
+        float* lse;  // or null
+      };
+      const auto out_row = [&](int row) {
+        const int token = use.request.qo_begin + (tile_row + row) / group_size;
+        const int head = kv_head * group_size + (tile_row + row) % group_size;
+        return RowTarget{out + token * out_stride_token + head * out_stride_head,
+                         lse != nullptr ? lse + token * lse_stride_token + head * lse_stride_head : nullptr};
+      };
+
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        state[half].sum += __shfl_xor_sync(0xffffffffu, state[half].sum, 1);
+        state[half].sum += __shfl_xor_sync(0xffffffffu, state[half].sum, 2);
+        const float inverse = state[half].inverse_sum();
+        const float row_lse = state[half].lse_log2();
+        const int row = warp_q * 16 + quad_row + half * 8;
+        if (row >= num_rows) continue;
+        const bool writes_lse = warp_kv == 0 && quad_col == 0;
+        if (first_cta == last_cta) {
+          const RowTarget target = out_row(row);
+#pragma unroll
+          for (int i = 0; i < kOwnDimSteps; ++i) {
+            const int step = i * kWarpsKV + warp_kv;
+            if (kDimSteps % kWarpsKV != 0 && step >= kDimSteps) continue;
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              *reinterpret_cast<u32*>(target.out + step * 16 + n * 8 + quad_col) =
+                  pack2<T>(acc[i][n][half * 2] * inverse, acc[i][n][half * 2 + 1] * inverse);
+            }
+          }
+          if (writes_lse && target.lse != nullptr) *target.lse = row_lse * kLn2;
+        } else {
+          const i64 slot_row = (2ll * cta + (cta == first_cta)) * kTileQ + row;
+#pragma unroll
+          for (int i = 0; i < kOwnDimSteps; ++i) {
+            const int step = i * kWarpsKV + warp_kv;
+            if (kDimSteps % kWarpsKV != 0 && step >= kDimSteps) continue;
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              *reinterpret_cast<float2*>(partial_out + slot_row * kHeadDim + step * 16 + n * 8 + quad_col) =
+                  make_float2(acc[i][n][half * 2] * inverse, acc[i][n][half * 2 + 1] * inverse);
+            }
+          }
+          if (writes_lse) partial_lse[slot_row] = row_lse;
+        }
+      }
+
+      // A tree of merges, kFanIn partials a node. Whoever arrives last at a node merges it into its first
+      // partial's slot and goes on to the next level; the root writes the result.
+      int level = 0;
+      for (int stride = 1; stride <= last_cta - first_cta; stride *= kFanIn, ++level) {
+        const int node_cta = first_cta + (cta - first_cta) / (stride * kFanIn) * (stride * kFanIn);
+        const int num_partials = min(ceil_div(last_cta + 1 - node_cta, stride), kFanIn);
+        const auto slot_of = [&](int j) { return 2ll * (node_cta + j * stride) + (node_cta + j * stride == first_cta); };
+        u32* counter = arrival_counters + level * 2 * gridDim.x + slot_of(0);
+        __syncthreads();  // all of the CTA's partial is written before thread 0 says so
+        if (tid == 0) {
+          __threadfence();
+          smem_is_last = atomicAdd(counter, 1u) == static_cast<u32>(num_partials - 1);
+          __threadfence();
+        }
+        __syncthreads();
+        if (!smem_is_last) break;
+        if (tid == 0) *counter = 0;
+        const bool is_root = last_cta - first_cta < stride * kFanIn;
+        merge_partials<kHeadDim, kThreads>(
+            partial_out, partial_lse, num_partials, num_rows, [&](int j) { return slot_of(j) * kTileQ; },
+            [&](int row, int dim, const float4& value, float row_lse) {
+              if (is_root) {
+                const RowTarget target = out_row(row);
+                store4(target.out + dim, value);
+                if (dim == 0 && target.lse != nullptr) *target.lse = row_lse * kLn2;
+              } else {
+                const i64 at = slot_of(0) * kTileQ + row;
+                *reinterpret_cast<float4*>(partial_out + at * kHeadDim + dim) = value;
+                if (dim == 0) partial_lse[at] = row_lse;
+              }
+            });
+      }
+      segment_begins = true;
+    }
+
+    use.advance(problem);
+    store_rows(load_slot ^ 1);
+    load_slot ^= 1;
+    ++load_stage;
+  }
+}
+
+}  // namespace cupyattn

@@ -1,0 +1,33 @@
+// Asynchronous 16-byte copies from global to shared memory (sm_80 and up).
+#pragma once
+
+#include "cupyattn/types.cuh"
+
+namespace cupyattn {
+
+__device__ __forceinline__ u32 smem_address_of(const void* smem) {
+  return static_cast<u32>(__cvta_generic_to_shared(smem));
+}
+
+// Copies 16 bytes, or writes 16 zero bytes and reads nothing where `valid` is false.
+__device__ __forceinline__ void cp_async_16(u32 smem_address, const void* gmem, bool valid) {
+  const int num_bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(smem_address), "l"(gmem), "r"(num_bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* gmem) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(gmem));
+}
+
+}  // namespace cupyattn

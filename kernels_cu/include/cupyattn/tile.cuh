@@ -1,0 +1,22 @@
+// Tiles of rows in shared memory, moved in chunks of 16 bytes.
+#pragma once
+
+#include "cupyattn/types.cuh"
+
+namespace cupyattn {
+
+// Where chunk `c` of row `r` lies, so that ldmatrix (eight rows, one chunk each) touches all 32 banks once.
+// Rows of a multiple of 8 chunks: the chunk is XORed with the row. Other rows (head_dim 80, 96, 112): padded
+// to an odd number of chunks.
+template <int kHeadDim>
+struct TileLayout {
+  static constexpr int kRowChunks = kHeadDim / 8;
+  static constexpr bool kSwizzled = kRowChunks % 8 == 0;
+  static constexpr int kRowBytes = 16 * (kSwizzled ? kRowChunks : kRowChunks | 1);
+
+  static __device__ __forceinline__ u32 offset(int row, int chunk) {
+    return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk);
+  }
+};
+
+}  // namespace cupyattn
