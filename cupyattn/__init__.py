@@ -1,0 +1,28 @@
+"""Attention over a paged KV cache, as an array library: NumPy, CuPy, torch and JAX arrays in and out."""
+
+from cupyattn.append import append
+from cupyattn.cache import OutOfPages, PageAllocator, PagedKVCache, PageTable
+from cupyattn.decode import decode, decode_workspace
+from cupyattn.interop import get_array_module
+from cupyattn.merge import merge_states
+from cupyattn.rope import Rope
+from cupyattn.runtime import KernelSpec, get_include, get_kernel, register_kernel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KernelSpec",
+    "OutOfPages",
+    "PageAllocator",
+    "PageTable",
+    "PagedKVCache",
+    "Rope",
+    "append",
+    "decode",
+    "decode_workspace",
+    "get_array_module",
+    "get_include",
+    "get_kernel",
+    "merge_states",
+    "register_kernel",
+]
