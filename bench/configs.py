@@ -1,0 +1,230 @@
+"""The named configurations that are measured, and the bytes and operations each of them needs.
+
+A key says everything about a row: batch, KV length (or the name of a ragged mix), query/KV heads, head_dim
+and page size, then layout and dtype where they are not NHD and bfloat16. Peers' figures have the same keys.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from statistics import NormalDist
+
+MIB = 1 << 20
+ITEMSIZE = 2  # bfloat16 and float16
+_SUFFIX = {"bfloat16": "", "float16": " fp16"}
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One decode step: a query token for each request over its paged cache.
+
+    `lens_name` replaces `ctxN` in the key of a ragged batch; an equal batch leaves it empty.
+    """
+
+    lens: tuple[int, ...]
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+    page_size: int = 16
+    layout: str = "NHD"
+    dtype: str = "bfloat16"
+    lens_name: str = ""
+
+    @property
+    def key(self) -> str:
+        name = self.lens_name or f"ctx{self.lens[0]}"
+        layout = "" if self.layout == "NHD" else f" {self.layout}"
+        heads = f"{self.num_qo_heads}q/{self.num_kv_heads}kv"
+        return f"b{self.batch} {name} {heads} d{self.head_dim} p{self.page_size}{layout}{_SUFFIX[self.dtype]}"
+
+    @property
+    def batch(self) -> int:
+        return len(self.lens)
+
+    @property
+    def group_size(self) -> int:
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def equal_lens(self) -> bool:
+        return len(set(self.lens)) == 1
+
+    @property
+    def num_pages(self) -> int:
+        return sum(math.ceil(n / self.page_size) for n in self.lens)
+
+    @property
+    def cache_elements(self) -> int:
+        """Elements of K (and as many of V) in whole pages: what must be allocated."""
+        return self.num_pages * self.page_size * self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that the step must read: tokens in use, not whole pages."""
+        return 2 * sum(self.lens) * self.num_kv_heads * self.head_dim * ITEMSIZE
+
+    @property
+    def num_bytes(self) -> int:
+        """K, V and q read once, out written once. The page table is a cost of paging and is not counted,
+        so that the floor is the one a dense, contiguous cache would have."""
+        return self.kv_bytes + 2 * self.batch * self.num_qo_heads * self.head_dim * ITEMSIZE
+
+    @property
+    def flops(self) -> int:
+        """A multiply and an add per element of K for q.k, and as much of V for the weighted sum."""
+        return 4 * sum(self.lens) * self.num_qo_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """`merge_states` of `num_states` states of `num_rows` query tokens."""
+
+    num_states: int
+    num_rows: int
+    num_heads: int
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+
+    @property
+    def key(self) -> str:
+        shape = f"n{self.num_states} b{self.num_rows} {self.num_heads}h d{self.head_dim}"
+        return f"merge {shape}{_SUFFIX[self.dtype]}"
+
+    @property
+    def state_elements(self) -> int:
+        return self.num_rows * self.num_heads * self.head_dim
+
+    @property
+    def num_bytes(self) -> int:
+        state = self.state_elements * ITEMSIZE + self.num_rows * self.num_heads * 4
+        return (self.num_states + 1) * state
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.num_states * self.state_elements
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    """`append` of `num_tokens` new tokens to each of `batch` requests, with or without rotating K."""
+
+    batch: int
+    num_tokens: int
+    num_kv_heads: int
+    head_dim: int = 128
+    page_size: int = 16
+    rope: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def key(self) -> str:
+        shape = f"b{self.batch} t{self.num_tokens} {self.num_kv_heads}kv d{self.head_dim} p{self.page_size}"
+        return f"append {shape}{' rope' if self.rope else ''}{_SUFFIX[self.dtype]}"
+
+    @property
+    def new_elements(self) -> int:
+        """Elements of K (and as many of V) that are appended."""
+        return self.batch * self.num_tokens * self.num_kv_heads * self.head_dim
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * self.new_elements * ITEMSIZE  # K and V, each read and written
+
+    @property
+    def flops(self) -> int:
+        return 3 * self.new_elements if self.rope else 0
+
+
+def equal(batch: int, ctx: int, qo: int, kv: int, head_dim: int = 128, page_size: int = 16,
+          layout: str = "NHD", dtype: str = "bfloat16") -> DecodeConfig:  # fmt: skip
+    return DecodeConfig((ctx,) * batch, qo, kv, head_dim, page_size, layout, dtype)
+
+
+def lognormal_lens(batch: int, median: int, sigma: float = 1.0) -> tuple[int, ...]:
+    """The `batch` mid-quantiles of a log-normal distribution, in one shuffled order: no sampling noise."""
+    normal = NormalDist()
+    lens = [round(median * math.exp(sigma * normal.inv_cdf((i + 0.5) / batch))) for i in range(batch)]
+    random.Random(0).shuffle(lens)
+    return tuple(lens)
+
+
+def ragged(name: str, lens: tuple[int, ...], qo: int, kv: int) -> DecodeConfig:
+    return DecodeConfig(lens, qo, kv, lens_name=name)
+
+
+def _peer_rows() -> list[DecodeConfig]:
+    """Rows with earlier figures of peers: three group sizes, page size 1, and xformers' own decode grid."""
+    mqa = [(1, 1024), (1, 131072), (8, 1024), (8, 8192), (64, 8192), (256, 2048)]
+    wide = [(1, 1024), (1, 8192), (1, 131072), (8, 1024), (8, 8192), (64, 1024), (64, 8192), (256, 2048)]
+    rows = [equal(b, n, 8, 1) for b, n in mqa]
+    rows += [equal(b, n, 32, kv) for kv in (8, 32) for b, n in wide]
+    rows += [equal(64, 4096, 32, 8, page_size=1)]
+    rows += [equal(65536 // n, n, 16, 1) for n in (256 << i for i in range(9))]
+    return [*rows, equal(1, 131072, 16, 1)]
+
+
+def _own_rows() -> list[DecodeConfig]:
+    one_long = (256,) * 7 + (65536,) + (256,) * 8
+    return [
+        # Page size and layout, at a large and a latency-bound size; the first one's page-1 twin is above.
+        equal(64, 4096, 32, 8),
+        equal(64, 4096, 32, 8, page_size=64),
+        equal(64, 4096, 32, 8, layout="HND"),
+        equal(8, 1024, 32, 8, page_size=1),
+        equal(8, 1024, 32, 8, page_size=64),
+        equal(8, 1024, 32, 8, layout="HND"),
+        # Other head sizes; 4q/1kv d256 is Gemma 3 270M, 16q/8kv d256 is Gemma 3 12B.
+        equal(1, 1024, 32, 8, head_dim=64),
+        equal(8, 8192, 32, 8, head_dim=64),
+        equal(64, 4096, 32, 8, head_dim=64),
+        equal(1, 1024, 4, 1, head_dim=256),
+        equal(8, 8192, 16, 8, head_dim=256),
+        equal(64, 2048, 8, 4, head_dim=256),
+        # Group sizes that are no power of two, and the other dtype.
+        equal(64, 4096, 28, 4),
+        equal(64, 2048, 40, 8),
+        equal(64, 4096, 32, 8, dtype="float16"),
+        # Ragged: one long request among short ones, and log-normal lengths.
+        ragged("65536+15x256", one_long, 8, 1),
+        ragged("65536+15x256", one_long, 32, 8),
+        ragged("lognormal2048", lognormal_lens(64, 2048), 32, 8),
+        ragged("lognormal2048", lognormal_lens(256, 2048), 8, 1),
+    ]
+
+
+PEER_ROWS: tuple[DecodeConfig, ...] = tuple(_peer_rows())
+DECODE_GRID: tuple[DecodeConfig, ...] = PEER_ROWS + tuple(_own_rows())
+MERGE_GRID = (MergeConfig(2, 64, 32), MergeConfig(8, 256, 32), MergeConfig(2, 128, 128, head_dim=512))
+APPEND_GRID = (AppendConfig(64, 1, 8), AppendConfig(64, 1, 8, rope=True), AppendConfig(64, 64, 8, rope=True))
+
+Config = DecodeConfig | MergeConfig | AppendConfig
+GRID: tuple[Config, ...] = DECODE_GRID + MERGE_GRID + APPEND_GRID
+
+# A minute's look: one row for each rule that is judged, and one of every kind of input.
+QUICK_KEYS = frozenset({
+    "b1 ctx1024 32q/8kv d128 p16",
+    "b8 ctx1024 32q/8kv d128 p16",
+    "b64 ctx8192 8q/1kv d128 p16",
+    "b64 ctx1024 32q/8kv d128 p16",
+    "b64 ctx1024 32q/32kv d128 p16",
+    "b64 ctx4096 32q/8kv d128 p1",
+    "b1 ctx131072 16q/1kv d128 p16",
+    "b8 ctx8192 16q/8kv d256 p16",
+    "b16 65536+15x256 32q/8kv d128 p16",
+    "merge n8 b256 32h d128",
+    "append b64 t1 8kv d128 p16 rope",
+})  # fmt: skip
+
+
+def is_large(config: DecodeConfig) -> bool:
+    """The problems whose bandwidth is promised: bf16, head_dim 128, groups 1, 4, 8, >= 256 MiB of KV."""
+    promised = config.dtype == "bfloat16" and config.head_dim == 128 and config.group_size in (1, 4, 8)
+    return promised and config.kv_bytes >= 256 * MIB
+
+
+def is_latency(config: DecodeConfig) -> bool:
+    """The problems whose latency is promised: batch 1 and 8 at 1024 tokens, 32/8 heads, head_dim 128."""
+    heads = (config.num_qo_heads, config.num_kv_heads, config.head_dim) == (32, 8, 128)
+    return heads and config.batch in (1, 8) and set(config.lens) == {1024} and config.dtype == "bfloat16"

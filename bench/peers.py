@@ -1,0 +1,180 @@
+"""Peers timed beside us, on the same bits, by the same clock, and checked against the same float64 reference.
+
+torch-sdpa      torch's scaled_dot_product_attention over dense, contiguous K and V: no paging, equal lengths
+flashinfer      BatchDecodeWithPagedKVCacheWrapper on CUDA cores; one plan, made outside the timed region
+flashinfer-tc   the same on tensor cores
+
+Every peer reads the very memory that our row read, viewed as its own layout.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench import timing
+from bench.timing import Launch, Problem
+
+if TYPE_CHECKING:
+    from bench.rows import DecodeInputs
+
+NAN = float("nan")
+_MODULES = {"torch-sdpa": "torch", "flashinfer": "flashinfer", "flashinfer-tc": "flashinfer"}
+
+
+class UnsupportedError(Exception):
+    """The peer has no such configuration."""
+
+
+class TorchRunner:
+    """Queues torch's work on a CuPy stream and captures it there, in torch's own graph (and memory pool)."""
+
+    def __init__(self, stream: Any) -> None:
+        import torch
+
+        self.stream, self._torch = stream, torch
+        self._external = torch.cuda.ExternalStream(stream.ptr)
+
+    def current(self) -> Any:
+        return self._torch.cuda.stream(self._external)
+
+    def capture(self, launches: Sequence[Launch]) -> Launch:
+        graph = self._torch.cuda.CUDAGraph()
+        self._torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for launch in launches:
+                launch()
+        finally:
+            graph.capture_end()
+        replay: Launch = graph.replay
+        return replay
+
+
+def _to_torch(bits: Any, dtype: str) -> Any:
+    """uint16 bits as a torch tensor of `dtype` in the same memory."""
+    import torch
+
+    return torch.from_dlpack(bits.view(np.int16)).view(getattr(torch, dtype))
+
+
+def _to_bits(tensor: Any) -> Any:
+    import torch
+
+    return timing.cupy.from_dlpack(tensor.detach().contiguous().view(torch.int16)).view(np.uint16)
+
+
+def _problem(name: str, inputs: DecodeInputs, launches: Sequence[Launch], outs: list[Any]) -> Problem:
+    config = inputs.config
+    shape = (config.batch, config.num_qo_heads, config.head_dim)
+
+    def poison() -> None:
+        for out in outs:
+            out.fill_(NAN)
+
+    def check() -> dict[str, float]:
+        return inputs.check(lambda i: _to_bits(outs[i]).reshape(shape))
+
+    return Problem(f"{name} {config.key}", config.num_bytes, config.flops, launches, poison, check)
+
+
+def _torch_sdpa(inputs: DecodeInputs) -> Problem:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    config = inputs.config
+    if not config.equal_lens:
+        raise UnsupportedError("lengths differ")
+    dense = inputs.as_dense()
+    q, k, v = (_to_torch(x, config.dtype) for x in (dense.q_bits, dense.k_bits, dense.v_bits))
+    q = q[:, :, :, None]  # [num_sets, batch, num_qo_heads, 1, head_dim]
+    outs: list[Any] = [
+        None
+    ] * inputs.num_sets  # a captured launch leaves here the tensor that a replay writes
+    enable_gqa = config.group_size > 1
+
+    def launch(i: int) -> Launch:
+        def run() -> None:
+            with torch.no_grad():
+                outs[i] = scaled_dot_product_attention(q[i], k[i], v[i], enable_gqa=enable_gqa)
+
+        return run
+
+    return _problem("torch-sdpa", dense, [launch(i) for i in range(inputs.num_sets)], outs)
+
+
+def _flashinfer(inputs: DecodeInputs, use_tensor_cores: bool) -> Problem:
+    import flashinfer
+    import torch
+
+    config = inputs.config
+    indices = np.tile(inputs.indices[0], (inputs.num_sets, 1))
+    inputs = replace(inputs, indices=indices)  # one plan: every set is read through the first one's table
+    q, k, v = (_to_torch(x, config.dtype) for x in (inputs.q_bits, inputs.k_bits, inputs.v_bits))
+    outs = list(torch.empty_like(q))
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, config.layout, use_tensor_cores=use_tensor_cores
+    )
+    last_page_len = [(n - 1) % config.page_size + 1 for n in config.lens]
+    wrapper.plan(
+        torch.from_numpy(inputs.indptr).cuda(),
+        torch.from_numpy(indices[0].copy()).cuda(),
+        torch.tensor(last_page_len, dtype=torch.int32, device="cuda"),
+        config.num_qo_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.page_size,
+        q_data_type=q.dtype,
+        kv_data_type=k.dtype,
+    )
+
+    def launch(i: int) -> Launch:
+        return lambda: wrapper.run(q[i], (k[i], v[i]), out=outs[i])
+
+    name = "flashinfer-tc" if use_tensor_cores else "flashinfer"
+    return _problem(name, inputs, [launch(i) for i in range(inputs.num_sets)], outs)
+
+
+_BUILDERS: dict[str, Callable[[DecodeInputs], Problem]] = {
+    "torch-sdpa": _torch_sdpa,
+    "flashinfer": lambda inputs: _flashinfer(inputs, use_tensor_cores=False),
+    "flashinfer-tc": lambda inputs: _flashinfer(inputs, use_tensor_cores=True),
+}
+
+
+class Peers:
+    """Those peers that can be imported here. `versions` says of each its version, or why it is left out."""
+
+    def __init__(self, stream: Any) -> None:
+        self.versions: dict[str, str] = {}
+        self._names = []
+        for name, module in _MODULES.items():
+            try:
+                self.versions[name] = importlib.import_module(module).__version__
+                self._names.append(name)
+            except Exception as error:  # a broken installation is a reason too, whatever it raises
+                self.versions[name] = f"skipped: {error!r}"
+        self._runner: Any = TorchRunner(stream) if self._names else None  # FlashInfer is torch too
+        self._dense: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def time(self, inputs: DecodeInputs) -> dict[str, dict[str, Any]]:
+        """{name: figures or {"skipped": reason}}. SDPA has no pages or layouts: it runs once a shape."""
+        result = {}
+        config = inputs.config
+        shape = (config.lens, config.num_qo_heads, config.num_kv_heads, config.head_dim, config.dtype)
+        for name in self._names:
+            if name == "torch-sdpa" and shape in self._dense:
+                result[name] = self._dense[shape]
+                continue
+            try:
+                result[name] = timing.measure(_BUILDERS[name](inputs), self._runner)
+            except Exception as error:  # a peer that fails must not cost us our own row
+                result[name] = {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            if name == "torch-sdpa":
+                self._dense[shape] = result[name]
+        return result

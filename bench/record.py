@@ -1,0 +1,281 @@
+"""Writes the committed records under bench/results/.
+
+    python bench/record.py tests                       the GPU tests        -> gpu_tests.json
+    python bench/record.py bench [--quick] [--only S]  the grid, with peers -> decode_<device>.json
+
+Both need a GPU, and name the device, the driver, the date and the sources (`source_sha256`) that were run.
+`--quick` and `--only` (rows whose key contains S) write decode_<device>.partial.json; records are whole runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # run as a file, Python sees bench/ only
+
+from bench import configs, timing  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results"
+Record = dict[str, Any]
+
+LARGE_OF_ROOF = 0.85
+LATENCY_US = 20.0
+SDPA_RATIO = 2.0
+
+
+def source_sha256(root: Path = ROOT) -> str:
+    """Hash of what was run: for each .py, .cu, .cuh and .h file under cupyattn/ and kernels_cu/, in sorted
+    order of its POSIX path relative to `root`: that path, a NUL, the file's bytes, a NUL."""
+    digest = hashlib.sha256()
+    files = [path for top in ("cupyattn", "kernels_cu") for path in (root / top).rglob("*")]
+    sources = {
+        path.relative_to(root).as_posix(): path
+        for path in files
+        if path.suffix in (".py", ".cu", ".cuh", ".h")
+    }
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name].read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def write(record: Record, path: Path) -> None:
+    """Writes JSON in one step, a row to a line, so that an interrupted run leaves the last whole state."""
+    rows = record.get("rows", [])
+    head = json.dumps({**record, "rows": []} if rows else record, indent=1)
+    if rows:
+        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        head = head.replace('"rows": []', f'"rows": [\n  {lines}\n ]')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(head + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+# --- tests ---
+
+
+def parse_junit(path: Path) -> Record:
+    """Counts, durations, failures and properties from pytest's JUnit file.
+
+    Whole-number properties (`record_property("fuzz_cases", 2000)` in a test, or `record_testsuite_property`)
+    are added up by name.
+    """
+    root = ElementTree.parse(path).getroot()
+    outcomes: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    skip_reasons = set()
+    for case in root.iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        seconds[name] = seconds.get(name, 0.0) + float(case.get("time", 0))
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcomes[name] = "failed"
+        elif (reason := case.find("skipped")) is not None:
+            outcomes[name] = "skipped"
+            skip_reasons.add(reason.get("message", ""))
+        else:  # a test that fails while tearing down comes twice: passed, and as an error
+            outcomes.setdefault(name, "passed")
+    properties: dict[str, int] = {}
+    for item in root.iter("property"):
+        value = item.get("value", "")
+        if value.lstrip("-").isdigit():
+            properties[item.get("name", "")] = properties.get(item.get("name", ""), 0) + int(value)
+    counts = Counter(outcomes.values())
+    slowest = sorted(seconds, key=lambda name: seconds[name], reverse=True)[:10]
+    return {
+        **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
+        "seconds": round(sum(seconds.values()), 1),
+        "properties": properties,
+        "failures": [name for name, outcome in outcomes.items() if outcome == "failed"],
+        "skip_reasons": sorted(skip_reasons),
+        "slowest": {name: round(seconds[name], 2) for name in slowest},
+    }
+
+
+def record_tests(path: Path) -> int:
+    sha = source_sha256()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        junit = Path(scratch) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={junit}"]
+        code = subprocess.run(command, cwd=ROOT).returncode
+        if not junit.exists():
+            print(f"pytest ended with {code} and left no report; nothing recorded")
+            return code or 1
+        counts = parse_junit(junit)
+    if source_sha256() != sha:
+        print("the sources changed while the tests ran; nothing recorded")
+        return 1
+    record = {
+        "kind": "gpu tests",
+        **timing.environment(),
+        "source_sha256": sha,
+        "command": "pytest tests -m gpu",
+        "pytest_exit": code,
+        "wall_s": round(time.perf_counter() - start, 1),
+        **counts,
+    }
+    write(record, path)
+    print(f"{path.name}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped "
+          f"{counts['properties']}")  # fmt: skip
+    return code
+
+
+# --- bench ---
+
+
+def sdpa_ratio(row: Record) -> float | None:
+    """Our cold time over torch SDPA's in the same run, where it ran."""
+    cold = row.get("peers", {}).get("torch-sdpa", {}).get("cold_us")
+    return row["cold_us"] / cold if cold else None
+
+
+def verdicts(rows: Sequence[Record]) -> list[Record]:
+    """The promised speeds, each with its worst row. `ok` is None where no row speaks to the rule."""
+    by_key = {config.key: config for config in configs.DECODE_GRID}
+    timed = [(row, by_key[row["key"]]) for row in rows if row["key"] in by_key and "cold_us" in row]
+
+    def rule(name: str, values: Iterable[tuple[float, str]], limit: float, at_least: bool) -> Record:
+        found = sorted(values, reverse=not at_least)  # the worst first
+        if not found:
+            return {"rule": name, "ok": None, "limit": limit, "worst": None, "row": None, "num_rows": 0}
+        value, key = found[0]
+        ok = value >= limit if at_least else value <= limit
+        return {
+            "rule": name,
+            "ok": ok,
+            "limit": limit,
+            "worst": round(value, 3),
+            "row": key,
+            "num_rows": len(found),
+        }
+
+    result = []
+    for group in (1, 4, 8):
+        large = [
+            (row["of_roof"], row["key"]) for row, c in timed if configs.is_large(c) and c.group_size == group
+        ]
+        result.append(
+            rule(f">= 256 MiB, group {group}: share of the roof", large, LARGE_OF_ROOF, at_least=True)
+        )
+    for batch in (1, 8):
+        small = [
+            (row["cold_us"], row["key"]) for row, c in timed if configs.is_latency(c) and c.batch == batch
+        ]
+        result.append(rule(f"batch {batch} x 1024, 32/8 heads: cold us", small, LATENCY_US, at_least=False))
+    ratios = [(ratio, row["key"]) for row, _ in timed if (ratio := sdpa_ratio(row)) is not None]
+    result.append(rule("time over torch SDPA", ratios, SDPA_RATIO, at_least=False))
+    errors = [row["key"] for row in rows if "error" in row]
+    result.append({"rule": "rows that failed", "ok": not errors, "limit": 0, "worst": len(errors),
+                   "row": ", ".join(errors) or None, "num_rows": len(rows)})  # fmt: skip
+    return result
+
+
+def table(record: Record) -> str:
+    lines = [
+        f"{record['device']}: roof {record['read_roof_gbs']:.0f} GB/s, "
+        f"matrix product {record['matmul_tflops']:.0f} TFLOP/s; peers {record['peers']}",
+        f"{'row':<42}{'cold':>9}{'warm':>9}{'eager':>9}{'GB/s':>8}{'roof':>7}{'floor':>8}{'sdpa':>7}",
+    ]
+    for row in record["rows"]:
+        if "error" in row:
+            lines.append(f"{row['key']:<42} {row['error'][:100]}")
+            continue
+        times = "".join(f"{row[name]:>9.1f}" for name in ("cold_us", "warm_us", "eager_us"))
+        ratios = f"{row['gbs']:>8.0f}{row['of_roof']:>7.0%}{row['over_floor']:>7.2f}x"
+        ratio = sdpa_ratio(row)
+        lines.append(f"{row['key']:<42}{times}{ratios}" + (f"{ratio:>6.2f}x" if ratio else ""))
+    for verdict in record["verdicts"]:
+        word = {True: "ok  ", False: "FAIL", None: "-   "}[verdict["ok"]]
+        lines.append(
+            f"{word} {verdict['rule']}: {verdict['worst']} (limit {verdict['limit']}) {verdict['row'] or ''}"
+        )
+    return "\n".join(lines)
+
+
+def record_bench(chosen: Sequence[configs.Config], path: Path, seed: int, with_peers: bool) -> int:
+    from bench.rows import Bench  # imports cupyattn
+
+    start = time.perf_counter()
+    sha = source_sha256()
+    bench = Bench(chosen, seed, with_peers)
+    record: Record = {
+        "kind": "decode bench",
+        **bench.environment,
+        "source_sha256": sha,
+        "seed": seed,
+        "read_roof_gbs": bench.roof.read_gbs,
+        "matmul_tflops": bench.roof.matmul_tflops,
+        "peers": bench.peer_versions,
+        "wall_s": 0.0,
+        "verdicts": [],
+        "rows": [],
+    }
+    for config in chosen:
+        try:
+            row = bench.row(config)
+        except Exception as error:  # the other rows are still worth having
+            traceback.print_exc()
+            row = {"key": config.key, "error": f"{type(error).__name__}: {error}"}
+        record["rows"].append(row)
+        record["verdicts"] = verdicts(record["rows"])
+        record["wall_s"] = round(time.perf_counter() - start, 1)
+        write(record, path)
+        print(
+            f"{record['wall_s']:6.1f} s  {config.key:<42} {row.get('cold_us', row.get('error'))}", flush=True
+        )
+    if source_sha256() != sha:
+        raise SystemExit("the sources changed during the run: the record is worthless")
+    print(f"\n{table(record)}\nwritten: {path}")
+    return 0 if all(verdict["ok"] is not False for verdict in record["verdicts"]) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tests = commands.add_parser("tests", help="run and record the GPU tests")
+    bench = commands.add_parser("bench", help="run and record the grid")
+    for command in (tests, bench):
+        command.add_argument("--output", type=Path, help="default: a file under bench/results/")
+    bench.add_argument("--quick", action="store_true", help="a dozen rows")
+    bench.add_argument("--only", metavar="S", help="rows whose key contains S")
+    bench.add_argument("--seed", type=int, help="of the inputs; default: a new one, which the record names")
+    bench.add_argument("--no-peers", action="store_true")
+    options = parser.parse_args(arguments)
+
+    if reason := timing.missing_gpu():
+        print(f"{reason}: nothing to record")
+        return 2
+    if options.command == "tests":
+        return record_tests(options.output or RESULTS / "gpu_tests.json")
+    chosen = [
+        config
+        for config in configs.GRID
+        if (not options.quick or config.key in configs.QUICK_KEYS) and (options.only or "") in config.key
+    ]
+    if not chosen:
+        parser.error(f"no row's key contains {options.only!r}")
+    partial = ".partial" if len(chosen) < len(configs.GRID) else ""
+    slug = timing.device_slug(timing.environment()["device"])
+    path = options.output or RESULTS / f"decode_{slug}{partial}.json"
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    return record_bench(chosen, path, seed, not options.no_peers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""The rows: inputs, launches and a check for each configuration, on the device or (small ones) in NumPy.
+
+All inputs are cut from one pool of random 16-bit floats that is filled anew for every row. Arrays are kept as
+uint16 `*_bits` and viewed as bfloat16 or float16 where the library gets them: bits can be gathered, compared
+and poisoned whatever an array package makes of bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import cupyattn
+from bench import peers, timing
+from bench.configs import AppendConfig, Config, DecodeConfig, MergeConfig
+from bench.timing import Problem, Roof, num_sets
+from cupyattn import reference
+
+NAN_BITS = 0x7FFF  # a NaN in bfloat16 and in float16
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinity
+# Limits of ||out - ref|| / ||ref||, and of |out - ref| <= tol + tol * |ref| element by element.
+_RELATIVE = {"bfloat16": 5e-3, "float16": 1e-3}
+_ELEMENTWISE = {"bfloat16": 1e-2, "float16": 1e-3}
+
+
+def require(condition: Any, message: str) -> None:
+    """An assertion that `python -O` keeps: nothing is ever timed unchecked."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def to_float64(bits: Any, dtype: str) -> Any:
+    """uint16 bit patterns to float64, without arithmetic in bfloat16."""
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+def errors(out: Any, ref: Any, dtype: str) -> dict[str, float]:
+    """Relative and largest absolute error of float64 arrays; AssertionError beyond the limits or at a NaN."""
+    difference = abs(out - ref)
+    relative = float((difference**2).sum() ** 0.5 / (ref**2).sum() ** 0.5)
+    tolerance = _ELEMENTWISE[dtype]
+    require(
+        relative <= _RELATIVE[dtype],
+        f"||out - ref|| / ||ref|| = {relative:.2e}, limit {_RELATIVE[dtype]:.0e}",
+    )
+    require(
+        (difference <= tolerance + tolerance * abs(ref)).all(), f"an element is off by more than {tolerance}"
+    )
+    return {"rel_err": relative, "max_err": float(difference.max())}
+
+
+def worst(found: Iterable[dict[str, float]]) -> dict[str, float]:
+    result: dict[str, float] = {}
+    for one in found:
+        result = {name: max(value, result.get(name, 0.0)) for name, value in one.items()}
+    return {name: float(f"{value:.3g}") for name, value in result.items()}
+
+
+def require_written(out_bits: Any, dtype: str) -> None:
+    exponent = np.uint16(_EXPONENT[dtype])
+    require(
+        ((out_bits & exponent) != exponent).all(), "an output element is NaN, infinite or was never written"
+    )
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What one decode row reads: `num_sets` equal problems, each with its own cache, q and page table."""
+
+    config: DecodeConfig
+    q_bits: Any  # [num_sets, batch, num_qo_heads, head_dim]
+    k_bits: Any  # [num_sets, num_pages, ...], the rest in the configuration's layout
+    v_bits: Any
+    indptr: np.ndarray  # [batch + 1]
+    indices: np.ndarray  # [num_sets, num_pages], page ids within the set
+
+    @property
+    def num_sets(self) -> int:
+        return int(self.q_bits.shape[0])
+
+    def as_dense(self) -> DecodeInputs:
+        """The same memory as dense K and V, [batch, num_kv_heads, ctx, head_dim]: one HND page a request."""
+        config = replace(self.config, page_size=self.config.lens[0], layout="HND")
+        shape = (self.num_sets, config.batch, config.num_kv_heads, config.page_size, config.head_dim)
+        k_bits, v_bits = (
+            x.reshape(-1)[: math.prod(shape)].reshape(shape) for x in (self.k_bits, self.v_bits)
+        )
+        pages = np.arange(config.batch + 1, dtype=np.int32)
+        return DecodeInputs(
+            config, self.q_bits, k_bits, v_bits, pages, np.tile(pages[:-1], (self.num_sets, 1))
+        )
+
+    def check(self, out_bits: Callable[[int], Any]) -> dict[str, float]:
+        """Compares `out_bits(set)` of the first and last set with float64, for some requests and KV heads."""
+        config = self.config
+        lens = np.array(config.lens)
+        requests = {0, config.batch - 1, int(lens.argmin()), int(lens.argmax())}
+        found = []
+        for one in {0, self.num_sets - 1}:
+            out = out_bits(one)
+            require_written(out, config.dtype)
+            for request in requests:
+                for head in {0, config.num_kv_heads - 1}:
+                    rows = slice(head * config.group_size, (head + 1) * config.group_size)
+                    ref = self._reference(one, request, head, self.q_bits[one, request, rows])
+                    found.append(errors(to_float64(out[request, rows], config.dtype), ref, config.dtype))
+        return worst(found)
+
+    def _reference(self, one: int, request: int, head: int, q_bits: Any) -> Any:
+        """Float64 attention of the query heads of one KV head: [group_size, head_dim]."""
+        config = self.config
+        pages = self.indices[one, self.indptr[request] : self.indptr[request + 1]]
+
+        def tokens(cache_bits: Any) -> Any:
+            of_head = cache_bits[one][:, :, head] if config.layout == "NHD" else cache_bits[one][:, head]
+            gathered = of_head.take(type_as(of_head, pages), axis=0).reshape(-1, config.head_dim)
+            return to_float64(gathered[: config.lens[request]], config.dtype)
+
+        logits = to_float64(q_bits, config.dtype) @ tokens(self.k_bits).T * config.head_dim**-0.5
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return weights @ tokens(self.v_bits) / weights.sum(axis=1, keepdims=True)
+
+
+def type_as(like: Any, host: np.ndarray) -> Any:
+    """`host` where `like` lives."""
+    return host if isinstance(like, np.ndarray) else timing.cupy.asarray(host)
+
+
+class Pool:
+    """Random K and V for the rows of `configs`, on the device (`xp` is cupy) or in NumPy."""
+
+    def __init__(self, xp: Any, configs: Iterable[Config], l2_bytes: int, seed: int, least: int = 0) -> None:
+        self.xp, self.l2_bytes, self.seed = xp, l2_bytes, seed
+        elements = max(self._elements(config) for config in configs)
+        if xp is not np:  # two buffers of 16-bit elements take at most 80% of the free memory
+            elements = min(elements, int(0.2 * xp.cuda.runtime.memGetInfo()[0]))
+            self.kernels = timing.DeviceKernels()
+        self.workspace = None if xp is np else cupyattn.decode_workspace()
+        self.k_bits, self.v_bits = (xp.empty(max(elements, least), np.uint16) for _ in "kv")
+
+    def _elements(self, config: Config) -> int:
+        sets = num_sets(config.num_bytes, self.l2_bytes)
+        if isinstance(config, DecodeConfig):
+            return sets * config.cache_elements
+        if isinstance(config, MergeConfig):
+            return sets * config.num_states * config.state_elements
+        per_request = math.ceil(sets * config.num_tokens / config.page_size) * config.page_size
+        return config.batch * per_request * config.num_kv_heads * config.head_dim
+
+    def fill(self, bits: Any, dtype: str) -> Any:
+        """Fresh random numbers in `bits`, each call from the next seed; returns `bits`."""
+        self.seed += 1
+        if self.xp is np:
+            bits[...] = (
+                np.random.default_rng(self.seed).standard_normal(bits.shape).astype(_DTYPES[dtype]).view("u2")
+            )
+        else:
+            self.kernels.fill_normal(bits, self.seed * 0x5851F42D4C957F2D % 2**64, dtype)
+        return bits
+
+    def _new(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self.fill(self.xp.empty(shape, np.uint16), dtype)
+
+    def _cut(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any]:
+        """Fresh K and V of this shape from the head of the pool."""
+        n = math.prod(shape)
+        if n > self.k_bits.size:
+            raise MemoryError(
+                f"{4e-9 * n:.1f} GB of K and V, the pool holds {4e-9 * self.k_bits.size:.1f} GB"
+            )
+        k_bits, v_bits = (self.fill(x[:n], dtype).reshape(shape) for x in (self.k_bits, self.v_bits))
+        return k_bits, v_bits
+
+    def _permutations(self, count: int, n: int) -> np.ndarray:
+        """[count, n] int32: page ids, shuffled, differently in each row."""
+        rng = np.random.default_rng(self.seed)
+        return rng.permuted(np.tile(np.arange(n, dtype=np.int32), (count, 1)), axis=1)
+
+    def problem(self, config: Config) -> tuple[Problem, DecodeInputs | None]:
+        """The row's problem, and where peers can take part the inputs they shall read."""
+        if isinstance(config, DecodeConfig):
+            return self.decode(config)
+        return (self.merge(config) if isinstance(config, MergeConfig) else self.append(config)), None
+
+    def decode(self, config: DecodeConfig) -> tuple[Problem, DecodeInputs]:
+        xp, dtype = self.xp, _DTYPES[config.dtype]
+        sets = num_sets(config.num_bytes, self.l2_bytes)
+        if sets == 2 and 2 * config.cache_elements > self.k_bits.size:
+            sets = 1  # the largest rows: one set is already several times the L2
+        tokens_heads = (config.page_size, config.num_kv_heads)
+        page = tokens_heads if config.layout == "NHD" else tokens_heads[::-1]
+        k_bits, v_bits = self._cut((sets, config.num_pages, *page, config.head_dim), config.dtype)
+        q_bits = self._new((sets, config.batch, config.num_qo_heads, config.head_dim), config.dtype)
+        out_bits = xp.empty_like(q_bits)
+        num_pages = [math.ceil(n / config.page_size) for n in config.lens]
+        indptr = np.cumsum([0, *num_pages], dtype=np.int32)
+        indices = self._permutations(sets, config.num_pages)
+        inputs = DecodeInputs(config, q_bits, k_bits, v_bits, indptr, indices)
+
+        # Every set has its own tables, so that a cold launch finds those in HBM too.
+        lens = np.array(config.lens, np.int32)
+        tables = [xp.asarray(x) for x in (np.tile(indptr, (sets, 1)), indices, np.tile(lens, (sets, 1)))]
+        q, out, k, v = (x.view(dtype) for x in (q_bits, out_bits, k_bits, v_bits))
+        caches = [cupyattn.PagedKVCache(k[i], v[i], layout=config.layout) for i in range(sets)]
+        pages = [cupyattn.PageTable(*(x[i] for x in tables)) for i in range(sets)]
+        launches = [
+            partial(cupyattn.decode, q[i], caches[i], pages[i], sm_scale=config.head_dim**-0.5, out=out[i],
+                    workspace=self.workspace)
+            for i in range(sets)
+        ]  # fmt: skip
+        problem = Problem(
+            key=config.key,
+            num_bytes=config.num_bytes,
+            flops=config.flops,
+            launches=launches,
+            poison=lambda: out_bits.fill(NAN_BITS),
+            check=lambda: inputs.check(lambda i: out_bits[i]),
+        )
+        return problem, inputs
+
+    def merge(self, config: MergeConfig) -> Problem:
+        xp, dtype = self.xp, _DTYPES[config.dtype]
+        sets = num_sets(config.num_bytes, self.l2_bytes)
+        rows = (config.num_rows, config.num_heads)
+        states, _ = self._cut((sets, config.num_states, *rows, config.head_dim), config.dtype)
+        rng = np.random.default_rng(self.seed)
+        lse = xp.asarray(rng.normal(5.0, 2.0, (sets, config.num_states, *rows)).astype(np.float32))
+        out_bits = xp.empty((sets, *rows, config.head_dim), np.uint16)
+        out_lse = xp.empty((sets, *rows), np.float32)
+        launches = [
+            partial(
+                cupyattn.merge_states,
+                states[i].view(dtype),
+                lse[i],
+                0,
+                into=(out_bits[i].view(dtype), out_lse[i]),
+            )
+            for i in range(sets)
+        ]
+
+        def poison() -> None:
+            out_bits.fill(NAN_BITS)
+            out_lse.fill(np.nan)
+
+        def check() -> dict[str, float]:
+            require_written(out_bits, config.dtype)
+            found = []
+            for i in {0, sets - 1}:
+                lse64 = lse[i].astype(np.float64)
+                largest = lse64.max(axis=0)
+                weights = np.exp(lse64 - largest)
+                total = weights.sum(axis=0)
+                ref = (weights[..., None] * to_float64(states[i], config.dtype)).sum(axis=0) / total[
+                    ..., None
+                ]
+                found.append(errors(to_float64(out_bits[i], config.dtype), ref, config.dtype))
+                lse_error = float(abs(out_lse[i] - largest - np.log(total)).max())
+                require(lse_error <= 1e-3, f"lse is off by {lse_error:.1e}")
+            return worst(found)
+
+        return Problem(config.key, config.num_bytes, config.flops, launches, poison, check)
+
+    def append(self, config: AppendConfig) -> Problem:
+        """Set `i` appends tokens i * num_tokens .. of every request to one cache: every set has its slots."""
+        xp, dtype, step = self.xp, _DTYPES[config.dtype], config.num_tokens
+        sets = num_sets(config.num_bytes, self.l2_bytes)
+        pages_each = math.ceil(sets * step / config.page_size)
+        head = (config.num_kv_heads, config.head_dim)
+        k_bits, v_bits = self._cut((config.batch * pages_each, config.page_size, *head), config.dtype)
+        new = [self._new((sets, config.batch * step, *head), config.dtype) for _ in "kv"]
+        indptr = np.arange(config.batch + 1, dtype=np.int32)
+        page_ids = self._permutations(1, config.batch * pages_each)[0]
+        indptr_pages, indices, qo_indptr = (
+            xp.asarray(x) for x in (indptr * pages_each, page_ids, indptr * step)
+        )
+        lens = xp.asarray(
+            np.int32(step) * np.arange(1, sets + 1, dtype=np.int32)[:, None].repeat(config.batch, 1)
+        )
+        cache = cupyattn.PagedKVCache(k_bits.view(dtype), v_bits.view(dtype))
+        rope = cupyattn.Rope() if config.rope else None
+        launches = [
+            partial(cupyattn.append, new[0][i].view(dtype), new[1][i].view(dtype), cache,
+                    cupyattn.PageTable(indptr_pages, indices, lens[i]), qo_indptr=qo_indptr, rope=rope)
+            for i in range(sets)
+        ]  # fmt: skip
+
+        def poison() -> None:
+            k_bits.fill(NAN_BITS)
+            v_bits.fill(NAN_BITS)
+
+        def host(bits: Any) -> Any:
+            return bits if xp is np else timing.cupy.asnumpy(bits)
+
+        def check() -> dict[str, float]:
+            found = []
+            for request in {0, config.batch - 1}:
+                ids = type_as(k_bits, page_ids[request * pages_each : (request + 1) * pages_each])
+                k_row, v_row = (host(x.take(ids, axis=0)).reshape(-1, *head) for x in (k_bits, v_bits))
+                for i in {0, sets - 1}:
+                    slots, rows = slice(i * step, (i + 1) * step), slice(request * step, (request + 1) * step)
+                    k_new, v_new = host(new[0][i, rows]), host(new[1][i, rows])
+                    require(np.array_equal(v_row[slots], v_new), "V is not what was appended")
+                    ref = to_float64(k_new, config.dtype)
+                    if rope is not None:
+                        ref = reference.apply_rope(ref, np.arange(slots.start, slots.stop), rope)
+                    found.append(errors(to_float64(k_row[slots], config.dtype), ref, config.dtype))
+            return worst(found)
+
+        return Problem(config.key, config.num_bytes, config.flops, launches, poison, check)
+
+
+class Bench:
+    """One run on the current device: its roofs, its data, and a row for each configuration."""
+
+    def __init__(self, configs: Iterable[Config], seed: int, with_peers: bool = True) -> None:
+        self.environment = timing.environment()
+        self.runner = timing.CupyRunner()
+        self.pool = Pool(timing.cupy, configs, self.environment["l2_bytes"], seed, least=1 << 30)
+        self.pool.fill(self.pool.k_bits[: 1 << 30], "bfloat16")
+        timing.cupy.cuda.Device().synchronize()
+        read_gbs = timing.read_roof_gbs(self.pool.kernels, self.pool.k_bits[: 1 << 30], self.runner)
+        self.roof = Roof(round(read_gbs, 1), round(timing.matmul_tflops(self.runner.stream), 1))
+        self._peers = peers.Peers(self.runner.stream) if with_peers else None
+
+    @property
+    def peer_versions(self) -> dict[str, str]:
+        return self._peers.versions if self._peers else {}
+
+    def row(self, config: Config) -> dict[str, Any]:
+        """Checks and times one configuration, peers beside it. AssertionError where our result is wrong."""
+        problem, inputs = self.pool.problem(config)
+        timing.cupy.cuda.Device().synchronize()  # inputs were made on the default stream
+        figures = timing.measure(problem, self.runner)
+        floor_us = self.roof.floor_us(problem.num_bytes, problem.flops)
+        row = {
+            "key": config.key,
+            "num_bytes": problem.num_bytes,
+            "flops": problem.flops,
+            **figures,
+            "of_roof": round(figures["gbs"] / self.roof.read_gbs, 4),
+            "floor_us": round(floor_us, 2),
+            "over_floor": round(figures["cold_us"] / floor_us, 3),
+        }
+        if inputs is not None and self._peers is not None:
+            row["peers"] = self._peers.time(inputs)
+        timing.cupy.get_default_memory_pool().free_all_blocks()
+        return row

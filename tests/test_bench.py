@@ -1,0 +1,399 @@
+"""What of the bench needs no GPU: keys, byte counts, checks, the clock's order, records and their report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import configs, record, report, rows, timing
+from bench.configs import AppendConfig, DecodeConfig, MergeConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    configs.equal(2, 40, 8, 2),
+    configs.equal(2, 40, 8, 2, page_size=1, layout="HND", dtype="float16"),
+    DecodeConfig((5, 33, 1, 16), 4, 1, head_dim=64, lens_name="ragged"),
+    MergeConfig(3, 2, 4),
+    AppendConfig(3, 1, 2),
+    AppendConfig(2, 5, 2, rope=True),
+]
+
+
+def small_problem(config: configs.Config, seed: int = 0) -> tuple[timing.Problem, rows.DecodeInputs | None]:
+    return rows.Pool(np, [config], l2_bytes=0, seed=seed).problem(config)
+
+
+# --- configurations ---
+
+
+def test_grid_keys_are_unique_and_stable() -> None:
+    keys = [config.key for config in configs.GRID]
+    assert len(set(keys)) == len(keys)
+    assert set(keys) >= configs.QUICK_KEYS
+    assert configs.equal(8, 1024, 32, 8).key == "b8 ctx1024 32q/8kv d128 p16"
+    assert configs.equal(1, 64, 4, 1, 256, 1, "HND", "float16").key == "b1 ctx64 4q/1kv d256 p1 HND fp16"
+    assert set(report.earlier_peers("h100")) == {config.key for config in configs.PEER_ROWS}
+
+
+def test_bytes_count_every_needed_byte_once() -> None:
+    config = configs.equal(8, 1000, 32, 8)
+    token = 8 * 128 * 2  # bytes of one token's K
+    assert config.kv_bytes == 8 * 1000 * 2 * token
+    assert config.num_bytes == config.kv_bytes + 2 * 8 * 32 * 128 * 2
+    assert config.cache_elements == 8 * 63 * 16 * 8 * 128  # 1000 tokens take 63 pages of 16
+    assert config.flops == 2 * 2 * 8 * 1000 * 32 * 128
+    assert MergeConfig(2, 1, 1, head_dim=64).num_bytes == 3 * (64 * 2 + 4)
+    assert AppendConfig(3, 2, 1, head_dim=64).num_bytes == 2 * 2 * (3 * 2 * 64 * 2)
+
+
+def test_every_promise_has_rows() -> None:
+    large = {config.group_size for config in configs.DECODE_GRID if configs.is_large(config)}
+    latency = {config.batch for config in configs.DECODE_GRID if configs.is_latency(config)}
+    assert large == {1, 4, 8}
+    assert latency == {1, 8}
+    assert configs.is_large(configs.equal(64, 1024, 32, 8))  # exactly 256 MiB
+    assert not configs.is_large(configs.equal(64, 1023, 32, 8))
+
+
+def test_lognormal_lens_are_the_same_everywhere() -> None:
+    lens = configs.lognormal_lens(64, 2048)
+    assert lens == configs.lognormal_lens(64, 2048)
+    assert sorted(lens)[31] < 2048 < sorted(lens)[32]
+    assert min(lens) == 183
+    assert max(lens) == 22975
+
+
+def test_cold_sets_exceed_the_cache() -> None:
+    l2_bytes = 50 << 20
+    for config in configs.GRID:
+        sets = timing.num_sets(config.num_bytes, l2_bytes)
+        assert sets >= 2
+        assert sets * config.num_bytes >= 2.2 * l2_bytes
+
+
+# --- rows: inputs and checks, run by the NumPy backend ---
+
+
+@pytest.mark.parametrize("config", SMALL, ids=lambda config: config.key)
+def test_rows_check_what_ran(config: configs.Config) -> None:
+    problem, _ = small_problem(config)
+    for launch in problem.launches:
+        launch()
+    assert problem.check()["rel_err"] < 5e-3
+    problem.poison()
+    with pytest.raises(AssertionError):
+        problem.check()
+    for launch in problem.launches[:-1]:  # one launch has not run
+        launch()
+    with pytest.raises(AssertionError):
+        problem.check()
+
+
+def test_check_sees_one_wrong_head() -> None:
+    config = configs.equal(2, 40, 8, 2)
+    _, inputs = small_problem(config)
+    assert inputs is not None
+    out = np.zeros((2, 8, 128), np.uint16)
+    with pytest.raises(AssertionError, match=r"= 1\.00e\+00"):
+        inputs.check(lambda _: out)
+
+
+def test_dense_inputs_are_the_same_memory() -> None:
+    _, inputs = small_problem(configs.equal(2, 40, 8, 2))
+    assert inputs is not None
+    dense = inputs.as_dense()
+    assert dense.k_bits.shape == (2, 2, 2, 40, 128)
+    assert np.shares_memory(dense.k_bits, inputs.k_bits)
+
+    def attention(i: int) -> Any:
+        q, k, v = (rows.to_float64(x[i], "bfloat16") for x in (dense.q_bits, dense.k_bits, dense.v_bits))
+        k, v = k.repeat(4, axis=1), v.repeat(4, axis=1)
+        logits = np.einsum("bhd,bhnd->bhn", q, k) / 128**0.5
+        weights = np.exp(logits)
+        out = np.einsum("bhn,bhnd->bhd", weights, v) / weights.sum(axis=2, keepdims=True)
+        return out.astype(rows._DTYPES["bfloat16"]).view(np.uint16)
+
+    assert dense.check(attention)["rel_err"] < 5e-3
+
+
+def test_pool_is_fresh_for_every_row() -> None:
+    config = configs.equal(1, 16, 1, 1)
+    pool = rows.Pool(np, [config], l2_bytes=0, seed=7)
+    (_, first), k_bits = pool.decode(config), pool.k_bits.copy()
+    (_, second) = pool.decode(config)
+    assert not np.array_equal(first.q_bits, second.q_bits)
+    assert not np.array_equal(k_bits, pool.k_bits)
+    again = rows.Pool(np, [config], l2_bytes=0, seed=7).decode(config)[1]
+    assert np.array_equal(again.q_bits, first.q_bits)
+
+
+# --- the clock, with a graph that is a list and a device that says how long it took ---
+
+
+class FakeCuda:
+    """Stands for cupy: events that lie one millisecond apart."""
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            pass
+
+    def __init__(self) -> None:
+        self.cuda = self
+
+    @staticmethod
+    def get_elapsed_time(start: Any, stop: Any) -> float:
+        return 1.0
+
+
+class FakeRunner:
+    def __init__(self) -> None:
+        self.stream = self
+
+    def synchronize(self) -> None:
+        pass
+
+    def current(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def capture(self, launches: Any) -> timing.Launch:
+        return lambda: [launch() for launch in launches]
+
+
+def fake_problem(calls: list[Any], check: Any) -> timing.Problem:
+    launches = [partial(calls.append, i) for i in range(3)]
+    return timing.Problem("fake", 10**6, 10**6, launches, partial(calls.append, "poison"), check)
+
+
+def test_measure_checks_the_graph_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cupy", FakeCuda())
+    calls: list[Any] = []
+    seen: list[list[Any]] = []
+
+    def check() -> dict[str, float]:
+        seen.append(list(calls))
+        return {"rel_err": 1e-3}
+
+    figures = timing.measure(fake_problem(calls, check), FakeRunner())
+    rotation = [0, 1, 2] * 6  # 16 launches at least, in whole rounds
+    assert seen == [[0, 1, 2, "poison", *rotation]]
+    assert figures["cold_us"] == pytest.approx(1000 / 18, abs=0.01)
+    assert figures["warm_us"] == 1000 / 16
+    assert figures["gbs"] == pytest.approx(1e6 / (1000 / 18) * 1e-3, abs=0.1)
+    assert figures["num_sets"] == 3
+    assert figures["rel_err"] == 1e-3
+
+
+def test_measure_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cupy", None)  # any look at a clock would fail otherwise
+
+    def check() -> dict[str, float]:
+        raise AssertionError("wrong")
+
+    with pytest.raises(AssertionError, match="wrong"):
+        timing.measure(fake_problem([], check), FakeRunner())
+
+
+def test_roof_takes_the_larger_of_both_floors() -> None:
+    roof = timing.Roof(read_gbs=3000.0, matmul_tflops=800.0)
+    assert roof.floor_us(3 * 10**9, 1) == pytest.approx(1000)
+    assert roof.floor_us(1, 8 * 10**11) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("Device", "gpu"),
+    ],
+)
+def test_device_slug(name: str, slug: str) -> None:
+    assert timing.device_slug(name) == slug
+
+
+# --- records ---
+
+
+def test_source_sha256_is_as_defined(tmp_path: Path) -> None:
+    files = {
+        "cupyattn/a.py": b"a = 1\n",
+        "cupyattn/runtime/z.py": b"",
+        "cupyattn.py": b"beside the package",
+        "kernels_cu/decode.cu": b"// \xff\n",
+        "kernels_cu/include/cupyattn/state.cuh": b"state",
+        "kernels_cu/include/cupyattn/plain.h": b"plain",
+        "cupyattn/py.typed": b"no source",
+        "tests/test_a.py": b"no source of ours",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    expected = (
+        b"cupyattn/a.py\0a = 1\n\0"
+        b"cupyattn/runtime/z.py\0\0"
+        b"kernels_cu/decode.cu\0// \xff\n\0"
+        b"kernels_cu/include/cupyattn/plain.h\0plain\0"
+        b"kernels_cu/include/cupyattn/state.cuh\0state\0"
+    )
+    assert record.source_sha256(tmp_path) == hashlib.sha256(expected).hexdigest()
+
+
+JUNIT = """<testsuites><testsuite name="pytest">
+  <properties><property name="fuzz_cases" value="1500"/><property name="gpu" value="H100"/></properties>
+  <testcase classname="tests.test_decode" name="test_a[1]" time="1.5">
+    <properties><property name="fuzz_cases" value="600"/></properties></testcase>
+  <testcase classname="tests.test_decode" name="test_a[2]" time="0.25"/>
+  <testcase classname="tests.test_decode" name="test_b" time="0.5"><failure>trace</failure></testcase>
+  <testcase classname="tests.test_decode" name="test_c" time="0"><skipped message="one GPU"/></testcase>
+  <testcase classname="tests.test_merge" name="test_d" time="0.1"/>
+  <testcase classname="tests.test_merge" name="test_d" time="0.1"><error message="in teardown"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_junit_counts_and_sums(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_text(JUNIT)
+    counts = record.parse_junit(path)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 2, 1)
+    assert counts["properties"] == {"fuzz_cases": 2100}
+    assert counts["failures"] == ["tests.test_decode::test_b", "tests.test_merge::test_d"]
+    assert counts["skip_reasons"] == ["one GPU"]
+    assert next(iter(counts["slowest"])) == "tests.test_decode::test_a[1]"
+    assert counts["seconds"] == pytest.approx(2.45, abs=0.06)
+
+
+def synthetic_row(config: configs.Config, of_roof: float = 0.9, sdpa: float | None = None) -> dict[str, Any]:
+    cold_us = config.num_bytes / (3000 * of_roof) * 1e-3
+    row: dict[str, Any] = {
+        "key": config.key,
+        "num_bytes": config.num_bytes,
+        "flops": config.flops,
+        "cold_us": cold_us,
+        "warm_us": cold_us,
+        "eager_us": cold_us + 10,
+        "gbs": 3000 * of_roof,
+        "of_roof": of_roof,
+        "floor_us": cold_us * of_roof,
+        "over_floor": 1 / of_roof,
+        "peers": {"flashinfer": {"skipped": "not installed"}},
+    }
+    if sdpa:
+        row["peers"]["torch-sdpa"] = {"cold_us": cold_us / sdpa}
+    return row
+
+
+def synthetic_record(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "kind": "decode bench",
+        "device": "NVIDIA H100 80GB HBM3",
+        "driver": "580.1",
+        "date": "2026-11-22",
+        "source_sha256": "0" * 64,
+        "read_roof_gbs": 3000.0,
+        "matmul_tflops": 800.0,
+        "peers": {"torch-sdpa": "2.11"},
+        "verdicts": record.verdicts(found),
+        "rows": found,
+    }
+
+
+def verdict(found: list[dict[str, Any]], beginning: str) -> dict[str, Any]:
+    (one,) = [v for v in record.verdicts(found) if v["rule"].startswith(beginning)]
+    return one
+
+
+def test_verdicts_name_the_worst_row() -> None:
+    good, bad = configs.equal(64, 1024, 32, 8), configs.equal(64, 8192, 32, 8)
+    assert verdict([synthetic_row(good)], ">= 256 MiB, group 4")["ok"] is True
+    both = verdict([synthetic_row(good), synthetic_row(bad, of_roof=0.8)], ">= 256 MiB, group 4")
+    assert (both["ok"], both["worst"], both["row"], both["num_rows"]) == (False, 0.8, bad.key, 2)
+    assert verdict([synthetic_row(good)], ">= 256 MiB, group 8")["ok"] is None
+    small = configs.equal(8, 1024, 32, 8)
+    assert verdict([synthetic_row(small)], "batch 8")["ok"] is True  # 33.7 MB at 2.7 TB/s: 12.5 us
+    assert verdict([synthetic_row(small, of_roof=0.5)], "batch 8")["ok"] is False
+    assert verdict([synthetic_row(small, sdpa=1.9)], "time over torch")["ok"] is True
+    assert verdict([synthetic_row(small, sdpa=2.1)], "time over torch")["ok"] is False
+    failed = verdict([synthetic_row(small), {"key": good.key, "error": "wrong"}], "rows that failed")
+    assert (failed["ok"], failed["row"]) == (False, good.key)
+
+
+def test_bench_record_survives_a_failing_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[configs.Config] = [
+        configs.equal(8, 1024, 32, 8),
+        configs.equal(64, 1024, 32, 8),
+        configs.MERGE_GRID[0],
+    ]
+
+    class FakeBench:
+        environment = {"device": "NVIDIA H100 80GB HBM3", "driver": "580.1", "date": "2026-11-22"}  # noqa: RUF012
+        roof = timing.Roof(3000.0, 800.0)
+        peer_versions = {"torch-sdpa": "2.11"}  # noqa: RUF012
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def row(self, config: configs.Config) -> dict[str, Any]:
+            if config is chosen[1]:
+                raise AssertionError("out is wrong")
+            return synthetic_row(config)
+
+    monkeypatch.setattr(rows, "Bench", FakeBench)
+    path = tmp_path / "results" / "decode_h100.json"
+    assert record.record_bench(chosen, path, seed=3, with_peers=False) == 1
+    written = json.loads(path.read_text())
+    assert [row["key"] for row in written["rows"]] == [config.key for config in chosen]
+    assert written["rows"][1]["error"] == "AssertionError: out is wrong"
+    assert written["source_sha256"] == record.source_sha256()
+    assert written["seed"] == 3
+    assert len(path.read_text().splitlines()) < 120  # a row to a line
+
+
+def test_record_without_a_gpu_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "missing_gpu", lambda: "no CUDA device")
+    assert record.main(["bench"]) == 2
+    assert record.main(["tests"]) == 2
+
+
+def test_runs_as_a_file() -> None:
+    for script in ("record.py", "report.py"):
+        command = [sys.executable, str(ROOT / "bench" / script), "--help"]
+        assert "usage" in subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
+
+
+# --- the report ---
+
+
+def test_report_writes_table_and_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gemma = configs.equal(8, 8192, 16, 8, head_dim=256)
+    chosen: list[configs.Config] = [configs.equal(8, 1024, 32, 8), gemma, configs.APPEND_GRID[0]]
+    found = [synthetic_row(config, sdpa=1.5) for config in chosen]
+    found.append({"key": "b1 broken", "error": "out is wrong"})
+    path = tmp_path / "decode_h100.json"
+    record.write(synthetic_record(found), path)
+    written = report.report(path, tmp_path / "plots")
+    assert [file.suffix for file in written] == [".md", ".png", ".svg"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in written[2].read_text()
+    table = written[0].read_text()
+    assert (
+        "| b8 ctx1024 32q/8kv d128 p16 | 33.7 | 12.5 | 12.5 | 22.5 | 2700 | 90% | 1.11x | 8.3 | 18.8 xqa * |"
+        in table
+    )
+    assert "b1 broken | failed: out is wrong" in table
+    assert "measured earlier" in table
+    widths = {line.count("|") for line in table.split("\n\n")[1].splitlines()}
+    assert widths == {11}
+    before = written[2].read_bytes()
+    report.report(path, tmp_path / "plots")
+    assert written[2].read_bytes() == before
