@@ -9,9 +9,10 @@ import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
 from cupyattn.cache import PagedKVCache, PageTable
-from cupyattn.plan import PlanCache
+from cupyattn.plan import OverlapGuard, PlanCache
 from cupyattn.rope import Rope
 from cupyattn.runtime.registry import get_kernel
+from cupyattn.runtime.workspace import constant
 
 _NO_ROPE, _HALF_SPLIT, _INTERLEAVED = range(3)  # RopeMode of append.cu
 
@@ -43,7 +44,8 @@ def append(
     pages : PageTable
         The pages of the new positions must belong to one request each.
     qo_indptr : array, shape [batch + 1], int32, optional
-        Request ``b`` has the new tokens ``qo_indptr[b] .. qo_indptr[b + 1] - 1``.
+        Request ``b`` has the new tokens ``qo_indptr[b] .. qo_indptr[b + 1] - 1``. Tokens from ``qo_indptr[-1]`` on
+        (padding, in a captured graph) belong to nobody: they are not stored.
     rope : Rope, optional
         Rotates `k` by its positions before it is stored, and `q`. Angles are computed in double precision.
     q : array, shape [tokens, num_qo_heads, head_dim], dtype of the cache, optional
@@ -80,8 +82,10 @@ def append(
     1.0
     """
     if interop.is_foreign(k):
-        if interop.framework_of(k) == "jax":
-            raise TypeError("append: cache cannot be of JAX arrays, which are immutable; keep it in CuPy or NumPy")
+        if checks.framework_of(k) == "jax":
+            raise TypeError(
+                "append: cache cannot be of JAX arrays, which are immutable; keep it in CuPy or NumPy"
+            )
         return interop.call(
             append, k, k, v, cache, pages, qo_indptr=qo_indptr, rope=rope, q=q, q_out=q_out, validate=validate
         )
@@ -137,6 +141,12 @@ class _Plan:
             checks.check_last_axis_contiguous("append: qo_indptr", qo_indptr)
         if rope is not None:
             rope.inv_freq_array(cache.head_dim)  # raises if it does not fit
+        written = [("k_pages", name) for name in ("k", "v", "q")] + [
+            ("v_pages", name) for name in ("k", "v", "q")
+        ]
+        written += [("q_out", name) for name in ("k", "v", "k_pages", "v_pages")]
+        self.overlaps = OverlapGuard("append", _ARRAY_NAMES, arrays, written)
+        self.q_overlap = OverlapGuard("append", _ARRAY_NAMES, arrays, [("q_out", "q")])
         self.layout = layout
         self.rope = rope
         self.batch_size = sizes["batch"]
@@ -145,6 +155,17 @@ class _Plan:
         self.num_pages = cache.num_pages
         self.head_dim = cache.head_dim
 
+    def check_overlaps(self, arrays: tuple[Any, ...]) -> None:
+        self.overlaps.check(arrays)
+        q, q_out = arrays[_ARRAY_NAMES.index("q")], arrays[_ARRAY_NAMES.index("q_out")]
+        in_place = q is q_out or (
+            q_out is not None
+            and checks.data_pointer(q) == checks.data_pointer(q_out)
+            and q.strides == q_out.strides
+        )
+        if not in_place:
+            self.q_overlap.check(arrays)
+
     def run(self, arrays: tuple[Any, ...]) -> Any:
         raise NotImplementedError
 
@@ -152,6 +173,10 @@ class _Plan:
 class _NumpyPlan(_Plan):
     def run(self, arrays: tuple[Any, ...]) -> Any:
         k, v, k_pages, v_pages, q, q_out, qo_indptr, kv_indptr, kv_indices, kv_lens = arrays
+        for name, target in (("k_pages", k_pages), ("v_pages", v_pages), ("q_out", q_out)):
+            if target is not None:
+                checks.check_writable(f"append: {name}", target)
+        self.check_overlaps(arrays)
         cache = PagedKVCache(k_pages, v_pages, layout=self.layout)
         pages = PageTable(kv_indptr, kv_indices, kv_lens)
         reference.append(k, v, cache, pages, qo_indptr=qo_indptr, rope=self.rope)
@@ -160,7 +185,9 @@ class _NumpyPlan(_Plan):
         rotated = q
         if self.rope is not None:
             _, positions = reference.token_positions(kv_lens, qo_indptr)
-            rotated = reference.apply_rope(q, positions, self.rope).astype(q.dtype)
+            num_tokens = len(positions)
+            rotated = q.copy()
+            rotated[:num_tokens] = reference.apply_rope(q[:num_tokens], positions, self.rope).astype(q.dtype)
         if q_out is None:
             return rotated.copy() if rotated is q else rotated
         q_out[...] = rotated
@@ -203,21 +230,45 @@ class _CupyPlan(_Plan):
         if self.device != cupy.cuda.runtime.getDevice():
             with cupy.cuda.Device(self.device):
                 return self.run(arrays)
+        self.check_overlaps(arrays)
         k, v, k_pages, v_pages, q, q_out, qo_indptr, kv_indptr, kv_indices, kv_lens = arrays
         if q is not None and q_out is None:
             q_out = cupy.empty(q.shape, q.dtype)
         if self.launcher is not None:
-            pointers = (k, v, k_pages, v_pages, q, q_out, qo_indptr, kv_indptr, kv_indices, kv_lens, self.inv_freq)
+            pointers = (
+                k,
+                v,
+                k_pages,
+                v_pages,
+                q,
+                q_out,
+                qo_indptr,
+                kv_indptr,
+                kv_indices,
+                kv_lens,
+                self.inv_freq,
+            )
             self.launcher((*(a.data.ptr if a is not None else 0 for a in pointers), *self.constants))
         return q_out
 
 
-_ARRAY_NAMES = ("k", "v", "k_pages", "v_pages", "q", "q_out", "qo_indptr", "kv_indptr", "kv_indices", "kv_lens")
+_ARRAY_NAMES = (
+    "k",
+    "v",
+    "k_pages",
+    "v_pages",
+    "q",
+    "q_out",
+    "qo_indptr",
+    "kv_indptr",
+    "kv_indices",
+    "kv_lens",
+)
 
 
 def _make_plan(arrays: tuple[Any, ...], layout: str, rope: Rope | None) -> _Plan:
     checks.check_is_array("append: k", arrays[0])
-    plan = _NumpyPlan if interop.framework_of(arrays[0]) == "numpy" else _CupyPlan
+    plan = _NumpyPlan if checks.framework_of(arrays[0]) == "numpy" else _CupyPlan
     return plan(arrays, layout, rope)
 
 
@@ -226,11 +277,5 @@ _plans = PlanCache(_make_plan)
 
 @functools.lru_cache(maxsize=256)
 def _turns_on_device(rope: Rope, head_dim: int, device: int) -> Any:
-    """Turns per position of each pair, float64, on the device. Made once: a copy from the host at every call
-
-    would cost more than the kernel."""
-    import cupy
-
-    turns = rope.inv_freq_array(head_dim) / (2.0 * np.pi * rope.scale)
-    with cupy.cuda.Device(device):
-        return cupy.asarray(turns)
+    """Return the turns per position of each pair, float64; made once, as a copy from the host is slow."""
+    return constant(rope.inv_freq_array(head_dim) / (2.0 * np.pi * rope.scale), device)

@@ -161,6 +161,12 @@ def check_last_axis_contiguous(name: str, a: Any) -> None:
             )
 
 
+def check_writable(name: str, a: Any) -> None:
+    """Raise ValueError if `a` is a read-only NumPy array (or a broadcast one: its elements share memory)."""
+    if getattr(getattr(a, "flags", None), "writeable", True) is False:
+        raise ValueError(f"{name} must be writable, got a read-only array")
+
+
 def check_divisible(name_a: str, a: int, name_b: str, b: int) -> None:
     """Raise ValueError unless the count `a` is a positive multiple of the count `b`."""
     if a <= 0 or b <= 0 or a % b:
@@ -325,6 +331,19 @@ def validate_pages(
         )
 
 
+def framework_of(a: Any) -> str:
+    """Name the framework of an array: "numpy", "cupy", "torch", "jax", or where else its type comes from."""
+    name = _frameworks.get(type(a))
+    if name is None:
+        modules = [base.__module__.partition(".")[0] for base in type(a).__mro__]  # subclasses count
+        known = (name for name in modules if name in ("numpy", "cupy", "torch", "jax", "jaxlib"))
+        name = _frameworks[type(a)] = next(known, modules[0]).replace("jaxlib", "jax")
+    return name
+
+
+_frameworks: dict[type, str] = {}
+
+
 def check_same_framework(caller: str, arrays: Mapping[str, Any]) -> None:
     """Raise TypeError unless all arrays (None is skipped) are of the framework of the first."""
     first: tuple[str, str] | None = None
@@ -332,7 +351,7 @@ def check_same_framework(caller: str, arrays: Mapping[str, Any]) -> None:
         if a is None:
             continue
         check_is_array(f"{caller}: {name}", a)
-        framework = type(a).__module__.partition(".")[0]
+        framework = framework_of(a)
         if first is None:
             first = (name, framework)
         elif framework != first[1]:

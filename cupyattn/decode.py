@@ -11,7 +11,7 @@ import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
 from cupyattn.cache import PagedKVCache, PageTable
-from cupyattn.plan import PlanCache, extent
+from cupyattn.plan import OverlapGuard, PlanCache
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
 from cupyattn.runtime.workspace import default_workspace, zeroed
@@ -54,7 +54,8 @@ def decode(
         `kv_lens` counts the tokens of `q` too: their keys are in the cache already (see `append`).
     qo_indptr : array, shape [batch + 1], int32, optional
         Request ``b`` has the query tokens ``qo_indptr[b] .. qo_indptr[b + 1] - 1``, the last of its `kv_lens`
-        tokens, each of which sees the keys up to its own (speculative decoding, chunked prefill).
+        tokens, each of which sees the keys up to its own (speculative decoding, chunked prefill). Rows from
+        ``qo_indptr[-1]`` on (padding, in a captured graph) belong to nobody; what `out` holds there is undefined.
     sm_scale : float, optional
         Factor of the logits; ``1 / sqrt(head_dim)`` by default.
     window_left : int
@@ -64,7 +65,8 @@ def decode(
     return_lse : bool
         Return the log-sum-exp of the logits too.
     out : array, shape and dtype of `q`, optional
-        Where to write the result. Must not overlap an input.
+        Where to write the result. Must not overlap an input. Without it, memory comes from CuPy's (or torch's)
+        pool, which a capture in CUDA's "global" mode only allows while the pool has room: give it there.
     lse : array, shape [batch or total_q, num_qo_heads], float32, optional
         Where to write the log-sum-exp.
     workspace : array, uint8, optional
@@ -115,15 +117,18 @@ def decode(
         q, k_pages, v_pages, pages.kv_indptr, pages.kv_indices, pages.kv_lens, qo_indptr, out, lse, workspace,
     )  # fmt: skip
     plan = _plans.get(arrays, layout)
-    if validate:
-        plan.validate(pages, qo_indptr, workspace)
     sm_scale = plan.sm_scale if sm_scale is None else _finite("sm_scale", sm_scale)
     logits_soft_cap = _finite("logits_soft_cap", logits_soft_cap)
     if logits_soft_cap < 0:
         raise ValueError(f"decode: logits_soft_cap must be at least 0, got {logits_soft_cap}")
-    window_left = operator.index(window_left)
+    try:
+        window_left = operator.index(window_left)
+    except TypeError:
+        raise TypeError(f"decode: window_left must be an integer, got {type(window_left).__name__}") from None
     if not -1 <= window_left < 2**31:
         raise ValueError(f"decode: window_left must be within -1..2**31 - 1, got {window_left}")
+    if validate:
+        plan.validate(pages, qo_indptr, workspace, window_left)
     out, lse = plan.run(arrays, sm_scale, window_left, logits_soft_cap, return_lse)
     return (out, lse) if return_lse else out
 
@@ -161,7 +166,7 @@ class _Plan:
     """What one signature settles: the checks have passed, the sizes are known."""
 
     def __init__(self, arrays: tuple[Any, ...], layout: str) -> None:
-        q, k_pages, v_pages, kv_indptr, kv_indices, kv_lens, qo_indptr, out, lse, workspace = arrays
+        q, k_pages, v_pages, _, _, kv_lens, qo_indptr, out, lse, _ = arrays
         checks.check_same_framework("decode", dict(zip(_ARRAY_NAMES, arrays, strict=True)))
         cache = PagedKVCache(k_pages, v_pages, layout=layout)
         signature = {
@@ -178,7 +183,9 @@ class _Plan:
         sizes = checks.check_arrays("decode", signature, settled)
         checks.check_same_dtype("decode: q", q, "k_pages", k_pages)
         checks.check_last_axis_contiguous("decode: q", q)
-        checks.check_divisible("num_qo_heads", sizes["num_qo_heads"], "num_kv_heads", cache.num_kv_heads)
+        checks.check_divisible(
+            "decode: num_qo_heads", sizes["num_qo_heads"], "num_kv_heads", cache.num_kv_heads
+        )
         if qo_indptr is not None:
             checks.check_dtype("decode: qo_indptr", qo_indptr, "int32")
             checks.check_last_axis_contiguous("decode: qo_indptr", qo_indptr)
@@ -194,17 +201,34 @@ class _Plan:
         self.num_pages = cache.num_pages
         self.num_tokens = q.shape[0]
         self.sm_scale = 1.0 / math.sqrt(cache.head_dim)
+        self.overlaps = OverlapGuard(
+            "decode",
+            _ARRAY_NAMES,
+            arrays,
+            [
+                (written, other)
+                for written in ("out", "lse", "workspace")
+                for other in _ARRAY_NAMES[: _ARRAY_NAMES.index(written)]
+            ],
+        )
 
-    def validate(self, pages: PageTable, qo_indptr: Any, workspace: Any) -> None:
+    def validate(self, pages: PageTable, qo_indptr: Any, workspace: Any, window_left: int) -> None:
         checks.validate_pages(
             "decode", pages, page_size=self.page_size, num_pages=self.num_pages, qo_indptr=qo_indptr,
-            num_tokens=self.num_tokens,
+            num_tokens=self.num_tokens, window_left=window_left,
         )  # fmt: skip
         if workspace is not None and checks.to_host(workspace)[:_COUNTER_BYTES].any():
-            raise ValueError(f"decode: workspace must have zeros in its first {_COUNTER_BYTES} bytes, got others")
+            raise ValueError(
+                f"decode: workspace must have zeros in its first {_COUNTER_BYTES} bytes, got others"
+            )
 
     def run(
-        self, arrays: tuple[Any, ...], sm_scale: float, window_left: int, logits_soft_cap: float, return_lse: bool
+        self,
+        arrays: tuple[Any, ...],
+        sm_scale: float,
+        window_left: int,
+        logits_soft_cap: float,
+        return_lse: bool,
     ) -> tuple[Any, Any]:
         raise NotImplementedError
 
@@ -216,15 +240,18 @@ class _NumpyPlan(_Plan):
             raise TypeError("decode: workspace is for CUDA arrays, got one with NumPy arrays")
 
     def run(
-        self, arrays: tuple[Any, ...], sm_scale: float, window_left: int, logits_soft_cap: float, return_lse: bool
+        self,
+        arrays: tuple[Any, ...],
+        sm_scale: float,
+        window_left: int,
+        logits_soft_cap: float,
+        return_lse: bool,
     ) -> tuple[Any, Any]:
         q, k_pages, v_pages, kv_indptr, kv_indices, kv_lens, qo_indptr, out, lse, _ = arrays
         for name, target in (("out", out), ("lse", lse)):
-            for other, source in zip(_ARRAY_NAMES[:8], arrays[:8], strict=True):
-                if target is not None and source is not None and source is not target:
-                    checks.check_overlap(f"decode: {name}", target, other, source)
-        if out is not None and out is q:
-            raise ValueError("decode: out must not overlap q in memory, got the same array")
+            if target is not None:
+                checks.check_writable(f"decode: {name}", target)
+        self.overlaps.check(arrays)
         result, result_lse = reference.decode(
             q,
             PagedKVCache(k_pages, v_pages, layout=self.layout),
@@ -262,7 +289,8 @@ class _CupyPlan(_Plan):
 
         # Rows that a KV head's tile holds on average; the device finds the true counts. Any choice is right.
         rows = -(-self.num_tokens // max(self.batch_size, 1)) * self.group_size
-        config = kernels.decode_config(device_properties(self.device).arch, cache.head_dim, rows)
+        kv_bytes = kv_indices.size * (cache.nbytes // max(cache.num_pages, 1))
+        config = kernels.decode_config(device_properties(self.device).arch, cache.head_dim, rows, kv_bytes)
         self.needed_bytes = _workspace_bytes(self.device)
         if workspace is not None:
             checks.check_dtype("decode: workspace", workspace, "uint8")
@@ -280,19 +308,24 @@ class _CupyPlan(_Plan):
             )
             num_ctas, shared_bytes = _grid(kernel, config, cache.head_dim)
             self.lse_offset = _COUNTER_BYTES
-            self.out_offset = self.lse_offset + 4 * 2 * num_ctas * config.tile_q
+            self.out_offset = self.lse_offset + 4 * _MAX_MERGE_LEVELS * 2 * num_ctas * config.tile_q
             self.launcher = kernel.prepare(num_ctas, config.num_threads, shared_mem=shared_bytes)
         strides_of_out = checks.element_strides(out)[:2] if out is not None else _c_strides(q.shape)
         strides_of_lse = checks.element_strides(lse) if lse is not None else (q.shape[1], 1)
         table_row_stride = 0 if kv_indptr is not None else checks.element_strides(kv_indices)[0]
         self.constants = (
             *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *strides_of_out, *strides_of_lse,
-            self.batch_size, cache.num_kv_heads, self.group_size, self.page_size, table_row_stride, min(kv_indices.size, 2**31 - 1),
+            self.batch_size, cache.num_kv_heads, *kernels.divisor(self.group_size), *kernels.divisor(self.page_size),
+            table_row_stride, min(kv_indices.size, 2**31 - 1),
         )  # fmt: skip
-        self.extents = [(i, extent(a)) for i, a in enumerate(arrays) if a is not None]
 
     def run(
-        self, arrays: tuple[Any, ...], sm_scale: float, window_left: int, logits_soft_cap: float, return_lse: bool
+        self,
+        arrays: tuple[Any, ...],
+        sm_scale: float,
+        window_left: int,
+        logits_soft_cap: float,
+        return_lse: bool,
     ) -> tuple[Any, Any]:
         import cupy
 
@@ -300,8 +333,7 @@ class _CupyPlan(_Plan):
         if self.device != cupy.cuda.runtime.getDevice():
             with cupy.cuda.Device(self.device):
                 return self.run(arrays, sm_scale, window_left, logits_soft_cap, return_lse)
-        if out is not None or lse is not None or workspace is not None:
-            self._check_overlap(arrays)
+        self.overlaps.check(arrays)
         if out is None:
             out = cupy.empty(q.shape, q.dtype)
         if lse is None and return_lse:
@@ -338,16 +370,6 @@ class _CupyPlan(_Plan):
         )
         return out, lse
 
-    def _check_overlap(self, arrays: tuple[Any, ...]) -> None:
-        """Raise if something to be written shares memory with anything else. Byte ranges first: they are cheap."""
-        ranges = [(i, arrays[i].data.ptr + low, arrays[i].data.ptr + high) for i, (low, high) in self.extents]
-        for i, begin, end in ranges:
-            if i < _FIRST_WRITTEN:
-                continue
-            for j, other_begin, other_end in ranges:
-                if j < i and begin < other_end and other_begin < end:
-                    checks.check_overlap(f"decode: {_ARRAY_NAMES[i]}", arrays[i], _ARRAY_NAMES[j], arrays[j])
-
     def _report_misaligned(self, arrays: tuple[Any, ...]) -> None:
         for name, a in zip(_ARRAY_NAMES, arrays, strict=True):
             if name in ("q", "k_pages", "v_pages", "out", "workspace") and a is not None and a.data.ptr % 16:
@@ -357,12 +379,11 @@ class _CupyPlan(_Plan):
 _ARRAY_NAMES = (
     "q", "k_pages", "v_pages", "kv_indptr", "kv_indices", "kv_lens", "qo_indptr", "out", "lse", "workspace",
 )  # fmt: skip
-_FIRST_WRITTEN = _ARRAY_NAMES.index("out")
 
 
 def _make_plan(arrays: tuple[Any, ...], layout: str) -> _Plan:
     checks.check_is_array("decode: q", arrays[0])
-    plan = _NumpyPlan if interop.framework_of(arrays[0]) == "numpy" else _CupyPlan
+    plan = _NumpyPlan if checks.framework_of(arrays[0]) == "numpy" else _CupyPlan
     return plan(arrays, layout)
 
 
@@ -389,9 +410,8 @@ def _workspace_bytes(device: int) -> int:
     properties = device_properties(device)
     most = 0
     for head_dim in kernels.DECODE_HEAD_DIMS:
-        for rows in (16, 64):
-            config = kernels.decode_config(properties.arch, head_dim, rows)
+        for config in kernels.decode_configs(properties.arch, head_dim):
             per_sm = properties.max_shared_per_sm // config.shared_bytes(head_dim)
             num_ctas = min(per_sm * properties.num_sms, _MAX_CTAS)
-            most = max(most, 4 * 2 * num_ctas * config.tile_q * (head_dim + 1))
+            most = max(most, 4 * 2 * num_ctas * config.tile_q * (head_dim + _MAX_MERGE_LEVELS))
     return _COUNTER_BYTES + most

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn.cache import PagedKVCache, PageTable
+from cupyattn.checks import framework_of
 
 
 def get_array_module(*args: Any) -> Any:
@@ -51,12 +52,6 @@ def _some_array(a: Any) -> Any:
     return a
 
 
-def framework_of(a: Any) -> str:
-    """Name the framework of an array by where its type comes from: "numpy", "cupy", "torch", "jax" or another."""
-    name = type(a).__module__.partition(".")[0]
-    return "jax" if name == "jaxlib" else name
-
-
 def is_foreign(a: Any) -> bool:
     """Tell whether `a` is an array that must be converted: not NumPy's or CuPy's, but able to speak DLPack."""
     return framework_of(a) not in ("numpy", "cupy") and hasattr(a, "__dlpack__")
@@ -84,8 +79,12 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
                 return PageTable(native(a.kv_indptr), native(a.kv_indices), native(a.kv_lens))
             if isinstance(a, tuple | list):
                 return tuple(native(x) for x in a)
-            if not is_foreign(a):
+            if not (hasattr(a, "shape") and hasattr(a, "dtype")):
                 return a
+            if framework_of(a) != framework:
+                raise TypeError(
+                    f"{function.__name__}: arrays must be of one framework, got {framework} and {framework_of(a)}"
+                )
             converted = to_native(a)
             originals[id(converted)] = (a, converted)  # kept alive, so that the id stays its own
             return converted
@@ -101,7 +100,8 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
             for name in ("out", "lse", "into", "q_out"):
                 if kwargs.get(name) is not None and name not in _JAX_INPUTS.get(function.__name__, ()):
                     raise TypeError(f"{function.__name__}: {name} cannot be a JAX array: they are immutable")
-        result = function(*(native(a) for a in args), **{name: native(a) for name, a in kwargs.items()})
+        native_kwargs = {name: a if name == "workspace" else native(a) for name, a in kwargs.items()}
+        result = function(*(native(a) for a in args), **native_kwargs)
         return None if result is None else foreign(result)
 
 

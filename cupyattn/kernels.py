@@ -19,6 +19,7 @@ APPEND_THREADS = 128  # kAppendThreads of append.cu
 DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 _KiB = 1024
+_SMALL_KV_BYTES = 64 << 20
 _RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
 
 
@@ -30,6 +31,7 @@ class DecodeConfig:
     warps_kv: int
     tile_kv: int
     num_stages: int
+    ctas_per_sm: int
 
     @property
     def num_threads(self) -> int:
@@ -51,26 +53,48 @@ class DecodeConfig:
         return kv_tiles + logits + row_offsets
 
 
-def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
-    """Choose the shape for `rows` query rows (query tokens x group size) per KV head.
+def decode_config(arch: str, head_dim: int, rows: int, kv_bytes: int) -> DecodeConfig:
+    """Choose the shape of the decode kernel. Any choice is right; this one is fast.
 
-    Up to 16 rows all warps share them and split the keys; with more, four warps take 16 rows each. Then
-    as many stages as let two CTAs share an SM, so that one copies while the other computes: on an H100
-    (228 KiB), head_dim 128, 64-key tiles of 32 KiB: 3 stages = 96 KiB + 6 KiB, twice. Where two stages do not
-    fit twice (head_dim 256), one CTA takes the SM.
+    Parameters
+    ----------
+    arch : str
+    head_dim : int
+    rows : int
+        Query rows (query tokens x group size) per KV head. Up to 16, all warps share them and split the keys;
+        with more, warps take 16 rows each.
+    kv_bytes : int
+        Keys and values to be read, at most.
+
+    Notes
+    -----
+    CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
+    head_dim 128, a 64-key tile is 32 KiB, and there is room for 3 CTAs x 2 stages (3 x 71 KiB) or 2 CTAs x 3
+    stages (2 x 103 KiB). The first wins on large problems (2 GB: 718 against 732 us), the second on small ones
+    (33 MB: 18.7 against 21.6 us), where CTAs still move in step and with 2 stages all of them wait at once.
     """
     per_sm = shared_bytes_per_sm(arch)
     narrow = per_sm <= 100 * _KiB and head_dim > 128  # two 64-key stages would not fit at all
     if rows <= 16:
         warps_q, warps_kv, tile_kv = (1, 2, 32) if narrow else (1, 4, 64)
-    else:  # from head_dim 192 on, two warps share the columns of a row, or registers would spill
-        warps_q, warps_kv, tile_kv = (4, 2 if head_dim > 128 else 1, 32 if narrow else 64)
-    best = None
-    for num_ctas, num_stages in itertools.product((2, 1), (4, 3, 2)):
-        best = DecodeConfig(warps_q, warps_kv, tile_kv, num_stages)
-        if num_ctas * (best.shared_bytes(head_dim) + _RESERVED_SHARED_BYTES) <= per_sm:
-            return best
-    raise ValueError(f"decode: head_dim = {head_dim} does not fit into {per_sm} bytes of shared memory ({arch})")
+        most_ctas = 2 if kv_bytes <= _SMALL_KV_BYTES else 3
+    elif head_dim <= 128:
+        warps_q, warps_kv, tile_kv, most_ctas = 4, 1, 64, 2
+    else:  # warps share the columns of a row, or registers would spill
+        warps_q, warps_kv, tile_kv, most_ctas = (2, 2, 32, 2) if narrow else (2, 4, 64, 1)
+    for num_ctas, num_stages in itertools.product(range(most_ctas, 0, -1), (4, 3, 2)):
+        config = DecodeConfig(warps_q, warps_kv, tile_kv, num_stages, num_ctas)
+        if num_ctas * (config.shared_bytes(head_dim) + _RESERVED_SHARED_BYTES) <= per_sm:
+            return config
+    raise ValueError(
+        f"decode: head_dim = {head_dim} does not fit into {per_sm} bytes of shared memory ({arch})"
+    )
+
+
+def decode_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
+    """All that `decode_config` can choose."""
+    cases = itertools.product((1, 17), (0, _SMALL_KV_BYTES + 1))
+    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows, kv_bytes) for rows, kv_bytes in cases))
 
 
 def shared_bytes_per_sm(arch: str) -> int:
@@ -84,8 +108,9 @@ def shared_bytes_per_sm(arch: str) -> int:
 
 
 def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
-    for dtype, head_dim, rows in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS, (16, 64)):
-        yield decode_template(dtype, head_dim, decode_config(arch, head_dim, rows))
+    for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
+        for config in decode_configs(arch, head_dim):
+            yield decode_template(dtype, head_dim, config)
 
 
 def decode_template(dtype: str, head_dim: int, config: DecodeConfig) -> tuple[str | int, ...]:
@@ -97,7 +122,14 @@ def decode_template(dtype: str, head_dim: int, config: DecodeConfig) -> tuple[st
         config.warps_kv,
         config.tile_kv,
         config.num_stages,
+        config.ctas_per_sm,
     )
+
+
+def divisor(value: int) -> tuple[int, int, int]:
+    """Return `value` with what lets a kernel divide by it (see divide.cuh): (value, multiplier, shift)."""
+    shift = (value - 1).bit_length()
+    return value, (2**32 * (2**shift - value)) // value + 1, shift
 
 
 def merge_vector(dtype: str, head_dim: int, aligned: bool) -> int:
@@ -116,15 +148,18 @@ DECODE = register_kernel(
         name="decode",
         source="decode.cu",
         symbol="cupyattn::decode_kernel",
-        template=("T", "kHeadDim", "kWarpsQ", "kWarpsKV", "kTileKV", "kStages"),
+        template=("T", "kHeadDim", "kWarpsQ", "kWarpsKV", "kTileKV", "kStages", "kCtasPerSM"),
         args=_args(
             ptr="q k_pages v_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
             "partial_out partial_lse arrival_counters",
             i64="q_stride_token q_stride_head k_stride_page k_stride_token k_stride_head "
             "v_stride_page v_stride_token v_stride_head out_stride_token out_stride_head "
             "lse_stride_token lse_stride_head",
-            i32="batch_size num_kv_heads group_size page_size table_row_stride num_table_entries "
-            "window_left",
+            i32="batch_size num_kv_heads group_size",
+            u32="group_multiplier",
+            i32_="group_shift page_size",
+            u32_="page_multiplier",
+            i32__="page_shift table_row_stride num_table_entries window_left",
             f32="sm_scale logits_soft_cap",
         ),
         instances=_decode_instances,

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
-from cupyattn.plan import PlanCache
+from cupyattn.plan import OverlapGuard, PlanCache
 from cupyattn.runtime.registry import get_kernel
 
 _ROWS_PER_CTA = 4  # one warp each
 
 
-def merge_states(out: Any, lse: Any, axis: int = 0, *, into: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+def merge_states(
+    out: Any, lse: Any, axis: int = 0, *, into: tuple[Any, Any] | None = None
+) -> tuple[Any, Any]:
     """Merge states ``(out, lse)`` of the same queries over disjoint sets of keys into the state over all.
 
     ``lse = log(sum_i exp(lse_i))``, ``out = sum_i exp(lse_i - lse) * out_i``: associative, commutative, with
@@ -57,11 +59,14 @@ def merge_states(out: Any, lse: Any, axis: int = 0, *, into: tuple[Any, Any] | N
     """
     first = out[0] if isinstance(out, tuple | list) and out else out
     if interop.is_foreign(first):
-        return interop.call(merge_states, first, out, lse, axis, into=into)
+        merged: tuple[Any, Any] = interop.call(merge_states, first, out, lse, axis, into=into)
+        return merged
     if isinstance(out, tuple | list) or isinstance(lse, tuple | list):
         outs, lses = _as_states("out", out), _as_states("lse", lse)
         if len(outs) != len(lses):
-            raise ValueError(f"merge_states: lse must have as many states as out, {len(outs)}, got {len(lses)}")
+            raise ValueError(
+                f"merge_states: lse must have as many states as out, {len(outs)}, got {len(lses)}"
+            )
         if axis != 0:
             raise ValueError(f"merge_states: axis must be 0 for sequences of states, got {axis}")
         if len(outs) > 2:
@@ -70,10 +75,12 @@ def merge_states(out: Any, lse: Any, axis: int = 0, *, into: tuple[Any, Any] | N
             xp = interop.get_array_module(outs[0])
             return merge_states(xp.stack(outs), xp.stack(lses), into=into)
         out, rest_out, lse, rest_lse = outs[0], outs[-1], lses[0], lses[-1]
-        settings = (len(outs), None)
+        settings: tuple[int, int | None] = (len(outs), None)
     else:
         rest_out = rest_lse = None
         settings = (0, axis)
+    if into is not None and not (isinstance(into, tuple | list) and len(into) == 2):
+        raise TypeError(f"merge_states: into must be a pair (out, lse), got {type(into).__name__}")
     into_out, into_lse = (None, None) if into is None else into
     arrays = (out, lse, rest_out, rest_lse, into_out, into_lse)
     return _plans.get(arrays, *settings).run(arrays)
@@ -81,7 +88,9 @@ def merge_states(out: Any, lse: Any, axis: int = 0, *, into: tuple[Any, Any] | N
 
 def _as_states(name: str, a: Any) -> tuple[Any, ...]:
     if not isinstance(a, tuple | list) or not a:
-        raise ValueError(f"merge_states: {name} must be a sequence of at least one state as the other is, got {a!r:.60}")
+        raise ValueError(
+            f"merge_states: {name} must be a sequence of at least one state as the other is, got {a!r:.60}"
+        )
     return tuple(a)
 
 
@@ -90,7 +99,9 @@ def _check_pair(out: Any, other_out: Any, lse: Any, other_lse: Any) -> None:
         checks.check_is_array(f"merge_states: {name}", a)
         checks.check_is_array(f"merge_states: {name}", b)
         if a.shape != b.shape:
-            raise ValueError(f"merge_states: {name} must have one shape, {list(a.shape)}, got {list(b.shape)}")
+            raise ValueError(
+                f"merge_states: {name} must have one shape, {list(a.shape)}, got {list(b.shape)}"
+            )
         checks.check_same_dtype(f"merge_states: {name}", b, f"{name}[0]", a)
 
 
@@ -112,11 +123,15 @@ class _Plan:
             self.shape = tuple(lse.shape)
         else:
             if not -lse.ndim <= axis < lse.ndim:
-                raise ValueError(f"merge_states: axis must be an axis of lse, which has {lse.ndim}, got {axis}")
+                raise ValueError(
+                    f"merge_states: axis must be an axis of lse, which has {lse.ndim}, got {axis}"
+                )
             axis %= lse.ndim
             num_states = lse.shape[axis]
             if num_states == 0:
-                raise ValueError(f"merge_states: out must hold at least one state along axis {axis}, got none")
+                raise ValueError(
+                    f"merge_states: out must hold at least one state along axis {axis}, got none"
+                )
             self.shape = (*lse.shape[:axis], *lse.shape[axis + 1 :])
         self.num_states, self.axis, self.head_dim = num_states, axis, out.shape[-1]
         if into_out is not None or into_lse is not None:
@@ -127,6 +142,7 @@ class _Plan:
             )
             checks.check_same_dtype("merge_states: into[0]", into_out, "out", out)
             checks.check_dtype("merge_states: into[1]", into_lse, "float32")
+        self.overlaps = OverlapGuard("merge_states", _ARRAY_NAMES, arrays, [("into[1]", "into[0]")])
 
     def run(self, arrays: tuple[Any, ...]) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -135,8 +151,15 @@ class _Plan:
 class _NumpyPlan(_Plan):
     def run(self, arrays: tuple[Any, ...]) -> tuple[Any, Any]:
         out, lse, rest_out, rest_lse, into_out, into_lse = arrays
+        for name, target in (("into[0]", into_out), ("into[1]", into_lse)):
+            if target is not None:
+                checks.check_writable(f"merge_states: {name}", target)
+        self.overlaps.check(arrays)
         if self.axis is None:
-            out, lse = np.stack((out, rest_out)[: self.num_states]), np.stack((lse, rest_lse)[: self.num_states])
+            out, lse = (
+                np.stack((out, rest_out)[: self.num_states]),
+                np.stack((lse, rest_lse)[: self.num_states]),
+            )
         merged, merged_lse = reference.merge_states(out, lse, self.axis or 0)
         if into_out is None:
             return merged.astype(out.dtype), np.asarray(merged_lse, dtype=np.float32)
@@ -167,17 +190,40 @@ class _CupyPlan(_Plan):
             self.launchers[vec] = kernel.prepare(-(-self.num_rows // _ROWS_PER_CTA), 32 * _ROWS_PER_CTA)
         return self.launchers[vec]
 
+    def _rows_meet(self, arrays: tuple[Any, ...]) -> bool:
+        """Whether each row of `into` lies on that very row of one state, or apart from all states.
+
+        Then the kernel may write there: a warp reads a row of every state before it writes it.
+        """
+        *states, into_out, into_lse = arrays
+        for base, target, rows_bytes in (
+            (states[0], into_out, self.num_rows * self.head_dim * into_out.itemsize),
+            (states[1], into_lse, self.num_rows * 4),
+        ):
+            rest = states[2] if target is into_out else states[3]
+            for source in (base, rest):
+                if source is None:
+                    continue
+                begin, offset = source.data.ptr, target.data.ptr - source.data.ptr
+                apart = offset >= source.nbytes or target.data.ptr + rows_bytes <= begin
+                same_row = self.num_inner == self.num_rows and offset % rows_bytes == 0 and offset >= 0
+                if not (apart or (same_row and source.flags.c_contiguous)):
+                    return False
+        return True
+
     def run(self, arrays: tuple[Any, ...]) -> tuple[Any, Any]:
         import cupy
 
         if self.device != cupy.cuda.runtime.getDevice():
             with cupy.cuda.Device(self.device):
                 return self.run(arrays)
+        self.overlaps.check(arrays)
         out, lse, rest_out, rest_lse, into_out, into_lse = (
             a if a is None or i >= 4 else cupy.ascontiguousarray(a) for i, a in enumerate(arrays)
         )
         target_out, target_lse = into_out, into_lse
-        if not self.in_place:
+        direct = self.in_place and self._rows_meet(arrays)
+        if not direct:
             target_out = cupy.empty((*self.shape, self.head_dim), out.dtype)
             target_lse = cupy.empty(self.shape, np.float32)
         if self.num_rows and self.head_dim:
@@ -195,7 +241,7 @@ class _CupyPlan(_Plan):
                     self.outer_stride, self.num_inner,
                 )
             )  # fmt: skip
-        if into_out is None or self.in_place:
+        if into_out is None or direct:
             return target_out, target_lse
         into_out[...] = target_out
         into_lse[...] = target_lse
@@ -207,7 +253,7 @@ _ARRAY_NAMES = ("out", "lse", "out[1]", "lse[1]", "into[0]", "into[1]")
 
 def _make_plan(arrays: tuple[Any, ...], num_states: int, axis: int | None) -> _Plan:
     checks.check_is_array("merge_states: out", arrays[0])
-    plan = _NumpyPlan if interop.framework_of(arrays[0]) == "numpy" else _CupyPlan
+    plan = _NumpyPlan if checks.framework_of(arrays[0]) == "numpy" else _CupyPlan
     return plan(arrays, num_states, axis)
 
 

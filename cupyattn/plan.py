@@ -7,10 +7,12 @@ made when the signature was first seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from cupyattn import checks
 
 Plan = TypeVar("Plan")
 
@@ -54,7 +56,39 @@ class PlanCache(Generic[Plan]):
         return plan
 
 
-def extent(a: Any) -> tuple[int, int]:
+class OverlapGuard:
+    """Pairs of arrays of one call that must not share memory, the first of each pair being written.
+
+    Shapes and strides are the plan's; addresses are compared at each call. Byte ranges come first, which costs
+    two comparisons; only where they meet are the elements themselves looked at.
+    """
+
+    def __init__(
+        self, caller: str, names: Sequence[str], arrays: Sequence[Any], pairs: Iterable[tuple[str, str]]
+    ) -> None:
+        self._caller = caller
+        self._names = names
+        index = {name: i for i, name in enumerate(names)}
+        both = ((index[written], index[other]) for written, other in pairs)
+        self._pairs = [(i, j) for i, j in both if arrays[i] is not None and arrays[j] is not None]
+        self._extents = {i: _extent(arrays[i]) for pair in self._pairs for i in pair}
+
+    def check(self, arrays: Sequence[Any]) -> None:
+        """Raise ValueError if a written array shares memory with one that it must not share it with."""
+        if not self._pairs:
+            return
+        ranges = {}
+        for i, (low, high) in self._extents.items():
+            address = checks.data_pointer(arrays[i])
+            ranges[i] = (address + low, address + high)
+        for i, j in self._pairs:
+            if ranges[i][0] < ranges[j][1] and ranges[j][0] < ranges[i][1]:
+                checks.check_overlap(
+                    f"{self._caller}: {self._names[i]}", arrays[i], self._names[j], arrays[j]
+                )
+
+
+def _extent(a: Any) -> tuple[int, int]:
     """Return the byte offsets, from an array's data pointer, of its first byte and past its last one."""
     low = high = 0
     for size, stride in zip(a.shape, a.strides, strict=True):

@@ -76,22 +76,10 @@ def decode(
             last_key = shift + stop - 1
             page_ids = row[first_key // page_size : last_key // page_size + 1]
             tokens = slice(first_key % page_size, first_key % page_size + last_key - first_key + 1)
-            # float64 [kv_heads, keys, head_dim]
-            k, v = (
-                pages_nhd[page_ids]
-                .reshape(-1, num_kv_heads, head_dim)[tokens]
-                .astype(np.float64)
-                .swapaxes(0, 1)
-                for pages_nhd in (k_nhd, v_nhd)
-            )
-            # float64 [kv_heads, queries, group, head_dim]
-            q_run = (
-                q[begin:stop]
-                .astype(np.float64)
-                .reshape(-1, num_kv_heads, group_size, head_dim)
-                .swapaxes(0, 1)
-            )
-            logits = (q_run.reshape(num_kv_heads, -1, head_dim) * sm_scale) @ k.swapaxes(1, 2)
+            queries = q[begin:stop].reshape(-1, num_kv_heads, group_size, head_dim).swapaxes(0, 1)
+            queries = queries.astype(np.float64).reshape(num_kv_heads, -1, head_dim) * sm_scale
+            # Keys and values are widened in turn: one large array at a time, in memory that is warm already.
+            logits = queries @ _gather(k_nhd, page_ids, tokens).swapaxes(1, 2)
             if logits_soft_cap > 0:
                 logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
             logits = logits.reshape(num_kv_heads, stop - begin, group_size, -1)
@@ -107,12 +95,19 @@ def decode(
             weights = np.exp(logits - top)
             total = weights.sum(axis=-1, keepdims=True)
             weights /= total
-            mixed = weights.reshape(num_kv_heads, -1, weights.shape[-1]) @ v
+            mixed = weights.reshape(num_kv_heads, -1, weights.shape[-1]) @ _gather(v_nhd, page_ids, tokens)
             mixed = mixed.reshape(num_kv_heads, stop - begin, group_size, head_dim)
             out[begin:stop] = mixed.swapaxes(0, 1).reshape(-1, num_qo_heads, head_dim)
             lse[begin:stop] = (top + np.log(total))[..., 0].swapaxes(0, 1).reshape(-1, num_qo_heads)
             begin = stop
     return out, lse
+
+
+def _gather(pages_nhd: np.ndarray, page_ids: np.ndarray, tokens: slice) -> np.ndarray:
+    """Return some tokens of some pages in a row, as float64 [num_kv_heads, tokens, head_dim]."""
+    gathered: np.ndarray = pages_nhd[page_ids]
+    gathered = gathered.reshape(-1, *gathered.shape[2:])[tokens].astype(np.float64)
+    return gathered.swapaxes(0, 1)
 
 
 def merge_states(out: np.ndarray, lse: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +221,7 @@ def append(
         Rotates `k` (not `v`) by the positions before it is stored.
     """
     request, position = token_positions(pages.kv_lens, qo_indptr)
+    k, v = k[: len(request)], v[: len(request)]  # what comes after is padding
     if rope is not None:
         k = apply_rope(k, position, rope)
     stored = position >= 0

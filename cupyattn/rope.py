@@ -65,9 +65,8 @@ class Rope:
             if values.ndim != 1 or not np.isfinite(values).all():
                 raise ValueError(f"Rope: inv_freq must be a vector of finite numbers, got {values}")
             if self.rotary_dim is not None and 2 * len(values) != self.rotary_dim:
-                raise ValueError(
-                    f"Rope: inv_freq must have rotary_dim / 2 entries, got {len(values)} for {self.rotary_dim}"
-                )
+                expected = self.rotary_dim // 2
+                raise ValueError(f"Rope: inv_freq must have {expected} entries, got {len(values)}")
             object.__setattr__(self, "inv_freq", tuple(values.tolist()))
 
     def inv_freq_array(self, head_dim: int) -> np.ndarray:

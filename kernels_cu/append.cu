@@ -31,9 +31,9 @@ __device__ __forceinline__ int request_of_token(const int* qo_indptr, int batch_
 // Copies one token's heads, rotated: pair i of a head is elements (i, i + rotary_dim / 2) half-split or
 // (2i, 2i + 1) interleaved. Dimensions from rotary_dim on pass through.
 template <typename T>
-__device__ __forceinline__ void copy_heads(const T* source, i64 source_stride_head, T* target, i64 target_stride_head,
-                                           int num_heads, int head_dim, int rotary_dim, RopeMode mode,
-                                           const float2* smem_cos_sin) {
+__device__ __forceinline__ void copy_heads(const T* source, i64 source_stride_head, T* target,
+                                           i64 target_stride_head, int num_heads, int head_dim,
+                                           int rotary_dim, RopeMode mode, const float2* smem_cos_sin) {
   const int num_pairs = head_dim / 2;
   for (int i = threadIdx.x; i < num_heads * num_pairs; i += kAppendThreads) {
     const int head = i / num_pairs;
@@ -58,6 +58,7 @@ __device__ __forceinline__ void copy_heads(const T* source, i64 source_stride_he
   }
 }
 
+// clang-format off
 template <typename T>
 __global__ void __launch_bounds__(kAppendThreads)
     append_kernel(const T* k, const T* v,     // [num_tokens, num_kv_heads, head_dim], strided
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(kAppendThreads)
                   i64 q_out_stride_token, i64 q_out_stride_head,
                   int batch_size, int num_kv_heads, int num_qo_heads, int head_dim,
                   int page_size, int table_row_stride, int rotary_dim, int rope_mode) {
+  // clang-format on
   __shared__ float2 smem_cos_sin[kMaxPairs];
   const PageTable pages{kv_indptr, kv_indices, kv_lens, table_row_stride, page_size};
   const RopeMode mode = static_cast<RopeMode>(rope_mode);
@@ -101,14 +103,16 @@ __global__ void __launch_bounds__(kAppendThreads)
     const int token_in_page = position % page_size;
     const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
     const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
-    copy_heads(k + token * k_in_stride_token, k_in_stride_head, k_pages + k_strides.offset(page_id, token_in_page, 0),
-               k_stride_head, num_kv_heads, head_dim, rotary_dim, mode, smem_cos_sin);
-    copy_heads(v + token * v_in_stride_token, v_in_stride_head, v_pages + v_strides.offset(page_id, token_in_page, 0),
-               v_stride_head, num_kv_heads, head_dim, rotary_dim, kNoRope, smem_cos_sin);
+    copy_heads(k + token * k_in_stride_token, k_in_stride_head,
+               k_pages + k_strides.offset(page_id, token_in_page, 0), k_stride_head, num_kv_heads, head_dim,
+               rotary_dim, mode, smem_cos_sin);
+    copy_heads(v + token * v_in_stride_token, v_in_stride_head,
+               v_pages + v_strides.offset(page_id, token_in_page, 0), v_stride_head, num_kv_heads, head_dim,
+               rotary_dim, kNoRope, smem_cos_sin);
   }
   if (q != nullptr) {
-    copy_heads(q + token * q_stride_token, q_stride_head, q_out + token * q_out_stride_token, q_out_stride_head,
-               num_qo_heads, head_dim, rotary_dim, mode, smem_cos_sin);
+    copy_heads(q + token * q_stride_token, q_stride_head, q_out + token * q_out_stride_token,
+               q_out_stride_head, num_qo_heads, head_dim, rotary_dim, mode, smem_cos_sin);
   }
 }
 

@@ -15,10 +15,10 @@ from cupyattn.cache import PagedKVCache, PageTable
 
 #: What lies in table entries that nobody may follow.
 POISON_PAGE = 2147480000
-#: Elementwise, absolute plus relative. float32 is NumPy's alone, and one rounding away from float64.
-TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-12}
+#: Elementwise, absolute plus relative. In float32 it is exponentials on a GPU that set the limit.
+TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-5, "float64": 1e-12}
 #: ||actual - expected|| / ||expected||.
-NORM_TOLERANCE = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-6, "float64": 1e-12}
+NORM_TOLERANCE = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-5, "float64": 1e-12}
 LSE_TOLERANCE = 1e-3
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 STORAGES = ("separate", "interleaved", "strided")
@@ -270,13 +270,13 @@ def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_close(actual: Any, expected: np.ndarray, tolerance: float, what: str = "out") -> None:
-    """Elementwise ``|actual - expected| <= tolerance * (1 + |expected|)``; equal infinities pass, NaN fails."""
+    """Elementwise ``|actual - expected| <= tolerance * (1 + |expected|)``; infinities agree, NaN fails."""
     actual = to_host(actual).astype(np.float64)
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     assert not np.isnan(actual).any(), f"{what}: {np.isnan(actual).sum()} NaN of {actual.size}"
     with np.errstate(invalid="ignore"):
         error = np.where(actual == expected, 0.0, np.abs(actual - expected))
-        bad = ~(error <= tolerance * (1 + np.abs(expected)))
+        bad = ~(error <= tolerance * (1 + np.abs(expected))) | (np.isinf(expected) & (actual != expected))
     assert not bad.any(), (
         f"{what}: {bad.sum()} of {bad.size} differ by more than {tolerance} * (1 + |expected|), the first at "
         f"{[int(i[0]) for i in np.nonzero(bad)]}: {actual[bad][0]} for {expected[bad][0]}; "

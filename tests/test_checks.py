@@ -173,6 +173,13 @@ def test_last_axis_contiguous():
             checks.check_last_axis_contiguous("q", bad)
 
 
+def test_writable():
+    checks.check_writable("out", a(3))
+    checks.check_writable("out", Torch())
+    with pytest.raises(ValueError, match="out must be writable, got a read-only array"):
+        checks.check_writable("out", np.broadcast_to(a(1), 3))
+
+
 def test_divisible():
     checks.check_divisible("num_qo_heads", 12, "num_kv_heads", 4)
     with pytest.raises(
@@ -334,6 +341,18 @@ def test_pages_before_the_window_may_be_gone(qo_lens):
     checks.validate_pages("decode", problem.pages, **sizes, **queries, window_left=9)
     with pytest.raises(ValueError, match=f"got {POISON_PAGE} as page 2[12] of request 0"):
         checks.validate_pages("decode", problem.pages, **sizes, **queries, window_left=13)
+
+
+def test_the_window_of_the_first_query_counts():
+    """8 queries at positions 92 to 99 with 9 keys before them see tokens from 83 on: page 20 of 4 tokens."""
+    kv_indices = np.zeros((1, 25), np.int32)
+    pages = PageTable.from_dense(kv_indices, i4(100))
+    queries = {"qo_indptr": i4(0, 8), "num_tokens": 8, "window_left": 9}
+    kv_indices[0, :20] = POISON_PAGE
+    checks.validate_pages("decode", pages, **SIZES, **queries)
+    kv_indices[0, 20] = POISON_PAGE
+    with pytest.raises(ValueError, match=f"got {POISON_PAGE} as page 20 of request 0"):
+        checks.validate_pages("decode", pages, **SIZES, **queries)
 
 
 def test_validate_on_the_device(gpu):

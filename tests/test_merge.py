@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from problems import assert_close, build_problem
+from problems import DTYPES, Guarded, assert_close, assert_state, build_problem, to_host
 
+import cupyattn
 from cupyattn import reference
 
 
@@ -149,3 +150,75 @@ def test_splitting_the_keys_changes_nothing(cuts):
     merged = reference.merge_states(*(np.stack(parts) for parts in zip(*states, strict=True)))
     for actual, wanted in zip(merged, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-14)
+
+
+# The public call, on every array module
+
+
+def check_public(xp, out, lse, dtype="float16", **options):
+    """`merge_states` of arrays on `xp` against the reference."""
+    out, lse = out.astype(DTYPES[dtype]), lse.astype(np.float32)
+    expected = reference.merge_states(out, lse, options.get("axis", 0))
+    merged, total = cupyattn.merge_states(xp.asarray(out), xp.asarray(lse), **options)
+    assert type(merged) is type(total) is xp.ndarray
+    assert (merged.dtype, total.dtype) == (out.dtype, np.float32)
+    assert_state(merged, total, expected, dtype)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_public_axes(xp, axis, dtype):
+    out, lse = random_states(4, 5, 6, head_dim=64, scale=3)
+    lse[1, 2] = lse[:, 3, 4] = -np.inf
+    out[np.isneginf(lse)] = np.nan
+    check_public(xp, out, lse, dtype, axis=axis)
+
+
+SHAPES = [(2, 40, 128, 512), (7, 3, 5, 80), (1, 3, 2, 64), (300, 2, 4, 8), (2, 9, 1), (2, 0, 8, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_public_shapes(xp, shape):
+    check_public(xp, *random_states(*shape[:-1], head_dim=shape[-1], scale=3))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("container", [list, tuple])
+def test_public_sequences(xp, n, container):
+    out, lse = random_states(n, 3, 4, head_dim=64)
+    out, lse = out.astype(np.float32), lse.astype(np.float32)
+    expected = reference.merge_states(out, lse)
+    merged, total = cupyattn.merge_states(container(map(xp.asarray, out)), container(map(xp.asarray, lse)))
+    assert_close(merged, expected[0], 1e-5)
+    assert_close(total, expected[1], 1e-5, "lse")
+
+
+@pytest.mark.parametrize("target", [0, 1, "new"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_public_into(xp, target, stacked):
+    """Into arrays of one's own, or into one of the states themselves."""
+    out, lse = random_states(2, 30, 8, head_dim=128)
+    out, lse = out.astype(np.float16), lse.astype(np.float32)
+    expected = reference.merge_states(out, lse)
+    out, lse = xp.asarray(out), xp.asarray(lse)
+    states = (out, lse) if stacked else ((out[0], out[1]), (lse[0], lse[1]))
+    guards = [Guarded(out.shape[1:], out.dtype, xp), Guarded(lse.shape[1:], lse.dtype, xp)]
+    into = tuple(guard.array for guard in guards) if target == "new" else (out[target], lse[target])
+    other = None if target == "new" else (out[1 - target].copy(), lse[1 - target].copy())
+    merged = cupyattn.merge_states(*states, into=into)
+    assert merged[0] is into[0]
+    assert merged[1] is into[1]
+    assert_state(*into, expected, "float16")
+    for guard in guards:
+        guard.assert_intact()
+    if other is not None:
+        np.testing.assert_array_equal(to_host(out[1 - target]), to_host(other[0]))
+        np.testing.assert_array_equal(to_host(lse[1 - target]), to_host(other[1]))
+
+
+def test_public_strides(xp):
+    out, lse = random_states(3, 8, 4, head_dim=128)
+    out, lse = xp.asarray(out.astype(np.float32)), xp.asarray(lse.astype(np.float32))
+    views = out[:, ::2, :, :64], lse[:, ::2]
+    expected = reference.merge_states(*map(to_host, views))
+    assert_state(*cupyattn.merge_states(*views), expected, "float32", lse_tolerance=1e-5)

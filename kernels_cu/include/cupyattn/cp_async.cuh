@@ -1,4 +1,5 @@
-// Asynchronous 16-byte copies from global to shared memory (sm_80 and up).
+// Memory reads that overlap with computation: asynchronous 16-byte copies from global to shared memory
+// (sm_80 and up), prefetches, early loads.
 #pragma once
 
 #include "cupyattn/types.cuh"
@@ -28,6 +29,14 @@ __device__ __forceinline__ void cp_async_wait() {
 
 __device__ __forceinline__ void prefetch_l2(const void* gmem) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(gmem));
+}
+
+// A read-only load that starts here. Volatile: the compiler would otherwise sink it to its first use, behind
+// barriers and copies, and a load issued early to hide its latency would hide nothing.
+__device__ __forceinline__ u32 load_early(const void* gmem) {
+  u32 value;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(value) : "l"(gmem));
+  return value;
 }
 
 }  // namespace cupyattn

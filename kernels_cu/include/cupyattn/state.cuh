@@ -45,7 +45,9 @@ struct SoftmaxState {
   // 1 / sum, or 0 for the empty state, so that an empty row gives out = 0.
   __device__ __forceinline__ float inverse_sum() const { return sum > 0.0f ? 1.0f / sum : 0.0f; }
 
-  __device__ __forceinline__ float lse_log2() const { return sum > 0.0f ? max + log2_approx(sum) : neg_infinity(); }
+  __device__ __forceinline__ float lse_log2() const {
+    return sum > 0.0f ? max + log2_approx(sum) : neg_infinity();
+  }
 };
 
 }  // namespace cupyattn

@@ -23,7 +23,9 @@ __device__ __forceinline__ float to_float(half_t x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 }
-__device__ __forceinline__ float to_float(bfloat16_t x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(bfloat16_t x) {
+  return __uint_as_float(static_cast<u32>(x.bits) << 16);
+}
 
 // Rounds (lo, hi) to nearest even and packs them, lo in the low half: the order of elements in memory.
 template <typename T>

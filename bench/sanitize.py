@@ -1,0 +1,263 @@
+"""Every kernel on tiny problems, for compute-sanitizer.
+
+    python bench/sanitize.py                              run the grid and check its results
+    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
+    python bench/sanitize.py --record [FILE]              run it under memcheck, racecheck and synccheck
+                                                          -> bench/results/sanitizer.json
+
+Each array has an allocation of its own, so that memcheck sees where it ends; arrays are filled on the host, so
+that only cupyattn's kernels run. The record names the device, the driver, the date and the sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from bench import record, timing  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+ERROR_EXIT = 9
+TIMEOUT_S = 300
+
+
+# -- the grid --
+
+
+def decode_problems() -> Iterator[tuple[str, Any, int]]:
+    """(name, problem on the host, entries to add to its table) for each template instance of `decode`.
+
+    Two problems an instance: ragged short requests, and one whose keys take more than 24 CTAs, so that its
+    merge tree has two levels. (A CTA takes two 64-key tiles at least: 24 of them 3072 keys.) The shape for
+    large caches is chosen by the size of the table: it gets entries that nobody reads.
+    """
+    from problems import build_problem
+
+    from cupyattn import kernels
+
+    shapes = (
+        (4, False),
+        (4, True),
+        (20, False),
+    )  # rows of a tile, large; with more than 16 rows it is all one
+    for dtype, head_dim, (rows, large) in itertools.product(
+        kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS, shapes
+    ):
+        common = {
+            "dtype": dtype,
+            "head_dim": head_dim,
+            "num_kv_heads": 1,
+            "group_size": rows,
+            "page_size": 16,
+        }
+        page_bytes = 2 * 2 * 16 * head_dim
+        spare = (65 << 20) // page_bytes if large else 0
+        name = f"{dtype} d={head_dim} rows={rows} {'large' if large else 'small'}"
+        short = build_problem(
+            [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20], storage="interleaved", window_left=40,
+            logits_soft_cap=20.0, **common,
+        )  # fmt: skip
+        yield f"{name} short", short, spare
+        long = build_problem([3400], dense=True, layout="HND", **common)
+        yield f"{name} long", long, spare
+
+
+def run_decode() -> int:
+    from device import attend, misses
+    from problems import POISON_PAGE, to_backend
+
+    import cupyattn
+
+    count = 0
+    for name, problem, spare in decode_problems():
+        if spare:
+            axis = problem.kv_indices.ndim - 1
+            pad = np.full((*problem.kv_indices.shape[:axis], spare), POISON_PAGE, np.int32)
+            problem = problem.replace(kv_indices=np.concatenate([problem.kv_indices, pad], axis))
+        out, lse = to_backend(problem, _cupy()).call(cupyattn.decode, return_lse=True)
+        wrong = int(misses(out.get(), lse.get(), attend(problem), problem.dtype, np))
+        if wrong:
+            raise SystemExit(f"decode {name}: {wrong} wrong numbers")
+        count += 1
+    return count
+
+
+def run_append() -> int:
+    from problems import build_problem, to_backend
+
+    import cupyattn
+    from cupyattn import Rope
+
+    ropes = (None, Rope(), Rope(rotary_dim=32, interleaved=True))
+    count = 0
+    for dtype, rope, storage in itertools.product(("float16", "bfloat16"), ropes, ("interleaved", "strided")):
+        problem = build_problem(
+            [3, 0, 40, 17, 2],
+            qo_lens=[3, 2, 5, 0, 1],
+            page_size=4,
+            dtype=dtype,
+            storage=storage,
+            poison=False,
+        )
+        rng = np.random.default_rng(count)
+        k, v = (rng.standard_normal((11, 2, 64)).astype(problem.q.dtype) for _ in range(2))
+        there = to_backend(problem, _cupy())
+        q = cupyattn.append(
+            _cupy().asarray(k), _cupy().asarray(v), there.cache, there.pages, qo_indptr=there.qo_indptr,
+            rope=rope, q=there.q,
+        )  # fmt: skip
+        back = to_backend(there, np)
+        rotated = cupyattn.append(  # NumPy: the specification
+            k, v, problem.cache, problem.pages, qo_indptr=problem.qo_indptr, rope=rope, q=problem.q
+        )
+        pairs = [(q.get(), rotated), *zip(back.bases, problem.bases, strict=True)]
+        for actual, wanted in pairs:
+            if not np.allclose(
+                actual.astype("f4"), wanted.astype("f4"), rtol=1e-2, atol=1e-2, equal_nan=True
+            ):
+                raise SystemExit(f"append {dtype} {rope} {storage}: wrong")
+        count += 1
+    return count
+
+
+def run_merge() -> int:
+    import ml_dtypes
+
+    import cupyattn
+
+    count = 0
+    for dtype, (shape, axis), head_dim in itertools.product(
+        (np.float16, ml_dtypes.bfloat16, np.float32), (((2, 5), 0), ((3, 35, 2), 1)), (1, 33, 64, 512)
+    ):
+        rng = np.random.default_rng(head_dim)
+        out = rng.standard_normal((*shape, head_dim)).astype(dtype)
+        lse = rng.standard_normal(shape).astype(np.float32)
+        lse[1, 1], out[1, 1] = -np.inf, np.nan
+        merged, _ = cupyattn.merge_states(_cupy().asarray(out), _cupy().asarray(lse), axis)
+        wanted, _ = cupyattn.merge_states(out, lse, axis)
+        if not np.allclose(merged.get().astype("f4"), wanted.astype("f4"), rtol=1e-2, atol=1e-2):
+            raise SystemExit(f"merge_states {np.dtype(dtype)} {shape} {head_dim}: wrong")
+        count += 1
+    return count
+
+
+def _cupy() -> Any:
+    return timing.cupy
+
+
+def run_grid() -> None:
+    _cupy().cuda.set_allocator(None)  # no pool: an allocation an array
+    for name, run in (("decode", run_decode), ("append", run_append), ("merge_states", run_merge)):
+        start = time.perf_counter()
+        print(f"{name}: {run()} problems right, {time.perf_counter() - start:.1f} s", flush=True)
+    _cupy().cuda.Device().synchronize()
+
+
+# -- the record --
+
+
+def find_sanitizer() -> str:
+    """Path of compute-sanitizer: on PATH, in a toolkit, or in the package nvidia-cuda-sanitizer-api."""
+    folders = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    candidates = [shutil.which("compute-sanitizer")]
+    candidates += [
+        str(path)
+        for folder in filter(None, folders)
+        for path in (
+            Path(folder, "bin", "compute-sanitizer"),
+            Path(folder, "compute-sanitizer", "compute-sanitizer"),
+        )
+    ]
+    for site in map(Path, sys.path):
+        candidates += map(str, sorted((site / "nvidia").glob("**/compute-sanitizer")))
+    for path in filter(None, candidates):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise SystemExit("compute-sanitizer was not found: not on PATH, in CUDA_HOME or among Python packages")
+
+
+def summary_of(log: str) -> str:
+    """The tool's last word: "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (...)"."""
+    lines = re.findall(r"^=+ *(.*SUMMARY:.*\S)", log, re.MULTILINE)
+    return lines[-1] if lines else "no summary"
+
+
+def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_EXIT), sys.executable, __file__]
+    start = time.perf_counter()
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_S
+        )
+        code, log = run.returncode, run.stdout
+    except subprocess.TimeoutExpired as error:
+        code, log = None, (error.stdout or b"").decode(errors="replace")
+    result = {
+        "tool": tool,
+        "exit_code": code,
+        "summary": summary_of(log) if code is not None else f"stopped after {TIMEOUT_S} s",
+        "problems": sum(map(int, re.findall(r"(\d+) problems right", log))),
+        "wall_s": round(time.perf_counter() - start, 1),
+    }
+    print(f"{tool}: exit {code}, {result['summary']}, {result['problems']} problems, {result['wall_s']} s")
+    if code != 0:
+        print(log[-6000:])
+    return result
+
+
+def write_record(path: Path, tools: Sequence[str]) -> int:
+    sanitizer = find_sanitizer()
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout
+    sha = record.source_sha256()
+    subprocess.run([sys.executable, __file__], cwd=ROOT, check=True)  # fills the cache of compiled kernels
+    results = [run_tool(sanitizer, tool) for tool in tools]
+    if record.source_sha256() != sha:
+        raise SystemExit("the sources changed during the run: nothing recorded")
+    found = re.search(r"Version (\S+)", version)
+    record.write(
+        {
+            "kind": "compute-sanitizer",
+            **timing.environment(),
+            "source_sha256": sha,
+            "sanitizer_version": found[1] if found else version.strip(),
+            "command": f"compute-sanitizer --tool TOOL --error-exitcode {ERROR_EXIT} python bench/sanitize.py",
+            "rows": results,
+        },
+        path,
+    )
+    print(f"written: {path}")
+    return 0 if all(result["exit_code"] == 0 for result in results) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=record.RESULTS / "sanitizer.json", metavar="FILE"
+    )
+    parser.add_argument("--tools", nargs="+", choices=(*TOOLS, "initcheck"), default=TOOLS)
+    options = parser.parse_args(arguments)
+    if reason := timing.missing_gpu():
+        print(f"{reason}: nothing to check")
+        return 2
+    if options.record is not None:
+        return write_record(options.record, options.tools)
+    run_grid()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Runnable examples: ``python -m cupyattn.examples.gemma3 "a prompt"``."""

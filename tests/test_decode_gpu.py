@@ -1,0 +1,621 @@
+"""`decode` on the device: FlashInfer's grid, edges, poison, determinism, CUDA graphs, streams, threads, fuzz.
+
+All but what needs a device by nature runs on NumPy too, in small, so that the tests themselves are tested.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from device import (
+    Pool,
+    assert_right,
+    attend,
+    capture,
+    check,
+    freed,
+    misses,
+    new_stream,
+    poison,
+    unused_stream,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from problems import POISON_PAGE, STORAGES, assert_close, build_problem, oracle, to_backend, to_host
+from strategies import HEAD_DIMS, problem_arguments
+
+import cupyattn
+
+FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000"))
+DTYPES = ("float16", "bfloat16")
+GROUPS = (1, 4, 5, 7, 8, 16)
+
+
+def size(xp, on_device, on_host):
+    return on_host if xp is np else on_device
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Random pages by (module, dtype), made once."""
+    made = {}
+
+    def pool(xp, dtype):
+        key = (xp.__name__, dtype)
+        if key not in made:
+            made[key] = Pool(xp, dtype, size(xp, 1 << 26, 1 << 20))
+        return made[key]
+
+    yield pool
+    made.clear()
+
+
+# -- the reference of these tests, against the oracle of all tests --
+
+
+@settings(max_examples=40)
+@given(problem_arguments(max_qo_len=12), st.sampled_from([1.0, 1e5, 1e9]))
+def test_the_vectorised_reference_is_the_oracle(arguments, max_bytes):
+    problem = build_problem(**arguments)
+    (out, lse), (expected, expected_lse) = attend(problem, max_bytes), oracle(problem)
+    assert_close(out, expected, 1e-12)
+    assert_close(lse, expected_lse, 1e-12, "lse")
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(expected_lse))
+
+
+@pytest.mark.parametrize("spoil", ["element", "row", "nan", "lse", "swap"])
+def test_misses_counts(spoil):
+    problem = build_problem([2000, 2000, 0], head_dim=64, dtype="float16")
+    expected = attend(problem)
+    out, lse = expected[0].astype(np.float16), expected[1].astype(np.float32)
+    assert misses(out, lse, expected, "float16", np) == 0
+    if spoil == "element":
+        out[0, 0, 0] += 0.01
+    elif spoil == "row":
+        out[0, 0] *= np.float16(1.01)  # by less than the elementwise tolerance
+    elif spoil == "nan":
+        out[2, 0, 5] = np.nan
+    elif spoil == "lse":
+        lse[2, 1] = 0
+    else:
+        out[:2] = out[1::-1].copy()
+    assert misses(out, lse, expected, "float16", np) > 0
+
+
+# -- FlashInfer's grid --
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 64])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_grid_of_flashinfer(xp, pools, layout, page_size, head_dim):
+    """Batch x length x group; the reference is computed once for the heads of all groups together."""
+    batches, lengths = size(xp, ((12, 17, 128), (54, 97, 512, 2048, 16384)), ((3,), (54, 97)))
+    for i, (batch, kv_len) in enumerate(itertools.product(batches, lengths)):
+        dtype = DTYPES[(i + head_dim // 64 + page_size) % 2]
+        num_kv_heads = 4 if kv_len <= 2048 else 2 if batch < 100 else 1
+        every = pools(xp, dtype).problem(
+            [kv_len] * batch, page_size=page_size, num_kv_heads=num_kv_heads, group_size=sum(GROUPS),
+            head_dim=head_dim, layout=layout, dense=i % 3 == 0, seed=i,
+        )  # fmt: skip
+        wanted, wanted_lse = attend(every)
+        by_group = (batch, num_kv_heads, sum(GROUPS))
+        q = every.q.reshape(*by_group, head_dim)
+        wanted, wanted_lse = wanted.reshape(*by_group, head_dim), wanted_lse.reshape(by_group)
+        for begin, group in zip(itertools.accumulate((0, *GROUPS)), GROUPS, strict=False):
+            heads = slice(begin, begin + group)
+            part = every.replace(q=xp.ascontiguousarray(q[:, :, heads]).reshape(batch, -1, head_dim))
+            out = poison(xp.empty(part.q.shape, part.q.dtype))
+            lse = poison(xp.empty(part.q.shape[:2], np.float32))
+            part.call(cupyattn.decode, out=out, lse=lse)
+            expected = wanted[:, :, heads].reshape(out.shape), wanted_lse[:, :, heads].reshape(lse.shape)
+            what = f"{batch=} {kv_len=} {page_size=} {group=} {head_dim=} {layout} {dtype} {num_kv_heads=}"
+            assert_right(out, lse, expected, dtype, what)
+
+
+# -- every shape of the kernel --
+
+SHAPES = {
+    # group_size x query tokens up to 16 rows: all warps on the same rows; beyond: rows of their own
+    "one-token": {"kv_lens": [0, 1, 15, 16, 17, 63, 64, 65, 129, 700], "group_size": 4},
+    "few-rows": {"kv_lens": [1, 64, 200, 5, 0], "qo_lens": [1, 4, 3, 0, 4], "group_size": 4},
+    "window": {"kv_lens": [0, 3, 64, 65, 400, 900], "group_size": 3, "window_left": 63},
+    "own-token": {"kv_lens": [1, 17, 300], "group_size": 2, "window_left": 0},
+    "soft-cap": {"kv_lens": [40, 300, 2], "group_size": 8, "logits_soft_cap": 5.0, "sm_scale": 1.0},
+    "many-rows": {"kv_lens": [64, 130, 1, 40, 7], "qo_lens": [64, 33, 1, 0, 5], "group_size": 5},
+    "wide-group": {"kv_lens": [100, 0, 333], "group_size": 33, "num_kv_heads": 1},
+    "chunk": {
+        "kv_lens": [300, 64, 90], "qo_lens": [64, 64, 17], "group_size": 2, "window_left": 70,
+        "logits_soft_cap": 30.0,
+    },
+    "more-tokens-than-keys": {"kv_lens": [3, 0, 20], "qo_lens": [5, 4, 21], "group_size": 7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim(xp, head_dim, dtype):
+    kinds = itertools.cycle(itertools.product(("NHD", "HND"), STORAGES, (False, True)))
+    pages = itertools.cycle((1, 16, 3, 64))
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        for large in size(xp, (False, True, False), (False,)):
+            layout, storage, dense = next(kinds)
+            arguments = shape | {"layout": layout, "storage": storage, "dense": dense}
+            arguments["page_size"] = next(pages)
+            if large:  # entries that nobody reads: the table's size tells how much there is to read at most
+                page_bytes = 4 * 2 * head_dim * arguments["page_size"]
+                arguments["spare_entries"] = (65 << 20) // (page_bytes * len(shape["kv_lens"])) + 1
+            problem = build_problem(head_dim=head_dim, dtype=dtype, seed=i, xp=xp, **arguments)
+            check(problem, (name, head_dim, dtype, arguments))
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 6, 12, 17, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_any_group_size(xp, group_size, head_dim):
+    kv_lens = size(xp, [0, 1, 100, 1000, 5000], [0, 1, 100])
+    check(build_problem(kv_lens, num_kv_heads=1, group_size=group_size, head_dim=head_dim, xp=xp), group_size)
+
+
+@pytest.mark.parametrize("window_left", [0, 1, 62, 63, 64, 65, 500, 2**31 - 1])
+def test_windows_around_tile_edges(xp, window_left):
+    for qo_lens in (None, [1, 2, 0, 64, 1, 5, 9]):
+        kv_lens = [1, 2, 0, 64, 128, 129, 2]  # the last has fewer keys than queries, if several
+        problem = build_problem(
+            kv_lens, qo_lens=qo_lens, group_size=4, window_left=window_left, page_size=4, xp=xp
+        )
+        check(problem, (window_left, qo_lens))
+
+
+@pytest.mark.parametrize(
+    ("kv_lens", "qo_lens"),
+    [([], None), ([], []), ([0], None), ([0, 0, 0], None), ([5, 70], [0, 0]), ([0, 5], [3, 0]), ([1], [1])],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_little_or_nothing(xp, kv_lens, qo_lens, dense):
+    problem = to_backend(build_problem(kv_lens, qo_lens=qo_lens, dense=dense), xp)
+    check(problem)
+    out, lse = problem.call(cupyattn.decode, return_lse=True)
+    assert out.shape == problem.q.shape
+    assert lse.shape == problem.q.shape[:2]
+    if not sum(kv_lens):
+        assert not to_host(out).any()  # exactly 0
+        assert np.isneginf(to_host(lse)).all()
+
+
+@pytest.mark.parametrize("batch", [127, 128, 129, 300, 1100])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_more_requests_than_threads(xp, batch, ragged):
+    """The scheduler takes 128 requests (256 in the widest shape) at a time."""
+    rng = np.random.default_rng(batch)
+    kv_lens = rng.integers(0, 80, batch)
+    kv_lens[:: 1 + batch // 7] = 0
+    qo_lens = rng.integers(0, 3, batch) if ragged else None
+    for head_dim in (64, 192) if ragged else (64,):  # 192: 256 threads
+        problem = build_problem(
+            kv_lens, qo_lens=qo_lens, head_dim=head_dim, num_kv_heads=1, group_size=8, xp=xp
+        )
+        check(problem, (batch, head_dim))
+
+
+@pytest.mark.parametrize("only", [0, 128, 700, 1023])
+def test_one_request_with_work_among_idle_ones(xp, only):
+    qo_lens = np.zeros(1024, int)
+    qo_lens[only] = 3
+    kv_lens = np.full(1024, 9)
+    kv_lens[only] = 500
+    check(build_problem(kv_lens, qo_lens=qo_lens, page_size=8, num_kv_heads=1, xp=xp), only)
+
+
+def test_one_long_request_beside_short_ones(xp, pools):
+    kv_lens = [*range(1, 32), size(xp, 65536, 3000), *range(32)]
+    for group_size, head_dim in ((4, 128), (32, 64)):
+        problem = pools(xp, "bfloat16").problem(
+            kv_lens, page_size=16, num_kv_heads=2, group_size=group_size, head_dim=head_dim, dense=False
+        )
+        check(problem)
+
+
+@pytest.mark.parametrize("window_left", [-1, 1000])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_a_million_tokens(xp, pools, page_size, window_left):
+    """One group over all CTAs: a merge of three levels."""
+    with freed(xp):
+        problem = pools(xp, "float16").problem(
+            [size(xp, 1_000_003, 10_003)], page_size=page_size, num_kv_heads=1, group_size=8, head_dim=64,
+            window_left=window_left,
+        )  # fmt: skip
+        check(problem)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_merge_trees(xp, pools, head_dim):
+    """Groups over 1, 2, ... some hundred CTAs, so that nodes of every width and level come up."""
+    for step, rows in itertools.product(size(xp, (64, 448, 2048, 12000), (64,)), (1, 20)):
+        kv_lens = [step * (i + 1) + i for i in range(5)] + [0]
+        problem = pools(xp, "bfloat16").problem(
+            kv_lens, page_size=8, num_kv_heads=1, group_size=rows, head_dim=head_dim, seed=step
+        )
+        for _ in range(size(xp, 3, 1)):
+            check(problem, (head_dim, step, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_offsets_beyond_32_bits(gpu, layout):
+    """Interleaved K and V of 2.4e9 elements; only its end and the pages about element 2^31 are touched."""
+    page_size, num_kv_heads, head_dim, num_pages = 16, 8, 128, 73_000
+    inner = (page_size, num_kv_heads) if layout == "NHD" else (num_kv_heads, page_size)
+    page = 2 * page_size * num_kv_heads * head_dim
+    with freed(gpu):
+        base = gpu.empty((num_pages, 2, *inner, head_dim), np.float16)
+        assert base.size > 2**31 + 2**27
+        for first in (2**31 // page - 40, num_pages - 80):
+            ids = np.random.default_rng(first).permutation(80)
+            near = build_problem(
+                [0, 333, 600, 1], layout=layout, storage="interleaved", num_kv_heads=num_kv_heads,
+                head_dim=head_dim, dtype="float16", dense=True, spare_pages=17, xp=gpu,
+            )  # fmt: skip
+            size_of_near = len(near.bases[0])
+            assert size_of_near <= 80
+            touched = base[first : first + 80]
+            touched.fill(np.nan)
+            touched[gpu.asarray(ids[:size_of_near])] = near.bases[0]
+            table = near.kv_indices.copy()
+            held = table != POISON_PAGE
+            table[held] = first + gpu.asarray(ids)[table[held]]
+            far = near.replace(bases=(base,), kv_indices=table)
+            out, lse = far.call(cupyattn.decode, return_lse=True)
+            assert_right(out, lse, attend(near), "float16", (layout, first))
+        del base, touched, far
+
+
+# -- the same bits every time --
+
+
+def decode_bytes(problem, **more):
+    out, lse = problem.call(cupyattn.decode, return_lse=True, **more)
+    return to_host(out).tobytes() + to_host(lse).tobytes()
+
+
+@pytest.mark.parametrize("qo_lens", [None, [3, 40, 0, 1]])
+@pytest.mark.parametrize("head_dim", [80, 128, 256])  # rows of partials that share warps, fill one, fill two
+def test_the_same_bits_every_time(xp, head_dim, qo_lens):
+    kv_lens = size(xp, [9000, 77, 300, 40000], [300, 77, 30, 100])
+    problem = build_problem(kv_lens, qo_lens=qo_lens, head_dim=head_dim, xp=xp)
+    other = build_problem([500, 3], head_dim=64, xp=xp)
+    first = decode_bytes(problem)
+    for i in range(20):
+        if i % 3 == 0:
+            other.call(cupyattn.decode)  # leaves other partials in the workspace
+        assert decode_bytes(problem) == first, f"run {i}"
+    stream = new_stream(xp)
+    out, lse = xp.empty_like(problem.q), xp.empty(problem.q.shape[:2], np.float32)
+    replay = capture(xp, stream, lambda: problem.call(cupyattn.decode, out=out, lse=lse))
+    for _ in range(5):
+        with stream:
+            poison(out)
+            replay()
+        stream.synchronize()
+        assert to_host(out).tobytes() + to_host(lse).tobytes() == first
+
+
+# -- CUDA graphs --
+
+
+class Changing:
+    """A problem whose lengths, tables and queries are rewritten in place, at random, within fixed shapes."""
+
+    def __init__(self, xp, pool, *, dense, ragged, head_dim, group_size, window_left=-1, batch=11):
+        self.xp, self.rng, self.page_size = xp, np.random.default_rng(batch), 16
+        self.longest, self.dense, self.ragged = size(xp, 6000, 150), dense, ragged
+        self.problem = pool.problem(
+            [self.longest] * batch, page_size=self.page_size, num_kv_heads=2, group_size=group_size,
+            head_dim=head_dim, dense=dense, qo_lens=[6] * batch if ragged else None, window_left=window_left,
+        )  # fmt: skip
+        self.out = xp.empty_like(self.problem.q)
+        self.lse = xp.empty(self.problem.q.shape[:2], np.float32)
+
+    def call(self, **more):
+        self.problem.call(cupyattn.decode, out=self.out, lse=self.lse, **more)
+
+    def change(self):
+        p, xp, rng = self.problem, self.xp, self.rng
+        batch = len(p.kv_lens)
+        scale = rng.choice([0, 1, 64, 300, self.longest])  # all empty, tiny, ..., from one CTA to all
+        lens = rng.integers(0, min(scale, self.longest) + 1, batch)
+        lens[rng.random(batch) < 0.2] = 0
+        lens[rng.random(batch) < 0.1] = self.longest
+        table = rng.integers(0, len(p.bases[0]), (batch, -(-self.longest // self.page_size) + 1))
+        table[np.arange(table.shape[1]) >= -(-lens // self.page_size)[:, None]] = POISON_PAGE
+        if self.dense:
+            p.kv_indices[...] = xp.asarray(table.astype(np.int32))
+        else:  # the rows packed anew: offsets change too
+            held = -(-lens // self.page_size)
+            packed = np.full(p.kv_indices.shape, POISON_PAGE, np.int32)
+            rows = table[np.arange(table.shape[1]) < held[:, None]]
+            packed[: len(rows)] = rows
+            p.kv_indices[...] = xp.asarray(packed)
+            p.kv_indptr[...] = xp.asarray(np.concatenate([[0], np.cumsum(held)]).astype(np.int32))
+        p.kv_lens[...] = xp.asarray(lens.astype(np.int32))
+        if self.ragged:  # another split of the same number of tokens
+            cuts = np.sort(rng.integers(0, len(p.q) + 1, batch - 1))
+            p.qo_indptr[...] = xp.asarray(np.concatenate([[0], cuts, [len(p.q)]]).astype(np.int32))
+        p.q[...] = xp.random.default_rng(int(rng.integers(2**31))).standard_normal(
+            p.q.shape, dtype=np.float32
+        ).astype(p.q.dtype)  # fmt: skip
+        poison(self.out)
+        poison(self.lse)
+
+    def misses(self):
+        return misses(self.out, self.lse, attend(self.problem), self.problem.dtype, self.xp)
+
+
+def replay_often(xp, changing, stream, replay, times):
+    """Change, replay, compare; only the counts of misses come back, at the end."""
+    counts = []
+    for _ in range(times):
+        with stream:
+            changing.change()
+            replay()
+            counts.append(changing.misses())
+    stream.synchronize()
+    wrong = [i for i, count in enumerate(counts) if int(count)]
+    assert not wrong, f"{len(wrong)} of {times} replays are wrong, the first is {wrong[0]}"
+
+
+GRAPHS = {
+    "dense": {"dense": True, "ragged": False, "head_dim": 128, "group_size": 4},
+    "csr": {"dense": False, "ragged": False, "head_dim": 64, "group_size": 16},
+    "ragged": {"dense": False, "ragged": True, "head_dim": 128, "group_size": 4},
+    "window": {"dense": True, "ragged": True, "head_dim": 256, "group_size": 8, "window_left": 200},
+}
+
+
+@pytest.mark.parametrize("mode", ["Relaxed", "Global", "ThreadLocal"])
+@pytest.mark.parametrize("own_workspace", [False, True])
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_graph_replays_follow_changes(xp, pools, kind, own_workspace, mode):
+    """Captured once; without a workspace as the stream's first call: one is made during the capture."""
+    changing = Changing(xp, pools(xp, "bfloat16"), **GRAPHS[kind])
+    changing.change()
+    changing.call()  # loads the kernel, on another stream
+    workspace = cupyattn.decode_workspace() if own_workspace and xp is not np else None
+    stream = unused_stream(xp)
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+    replay = capture(xp, stream, lambda: changing.call(workspace=workspace), mode)
+    replay_often(xp, changing, stream, replay, size(xp, 200 if mode == "Relaxed" else 20, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_workspace", [False, True])
+@pytest.mark.parametrize("kind", ["csr", "ragged"])
+def test_torch_graph_replays_follow_changes(gpu, pools, kind, own_workspace):
+    torch = pytest.importorskip("torch")
+    changing = Changing(gpu, pools(gpu, "float16"), **GRAPHS[kind])
+    changing.change()
+    changing.call()
+    gpu.cuda.Device().synchronize()
+    workspace = cupyattn.decode_workspace() if own_workspace else None
+    p = changing.problem
+
+    def tensor(a):
+        return None if a is None else torch.from_dlpack(a)
+
+    cache = cupyattn.PagedKVCache(tensor(p.k_pages), tensor(p.v_pages))
+    pages = cupyattn.PageTable(tensor(p.kv_indptr), tensor(p.kv_indices), tensor(p.kv_lens))
+    out, lse, q = map(tensor, (changing.out, changing.lse, p.q))
+    options = p.options | {"qo_indptr": tensor(p.qo_indptr), "out": out, "lse": lse}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cupyattn.decode(q, cache, pages, workspace=workspace, **options)
+    stream = gpu.cuda.Stream.null
+
+    def replay():
+        stream.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+
+    replay_often(gpu, changing, stream, replay, 200)
+
+
+@pytest.mark.gpu
+def test_one_graph_of_many_calls(gpu, pools):
+    """Layer after layer in one graph: the calls share a workspace, whose counters each leaves at zero."""
+    pool = pools(gpu, "bfloat16")
+    layers = [Changing(gpu, pool, batch=3 + i, **GRAPHS[kind]) for i, kind in enumerate(GRAPHS)]
+    for layer in layers:
+        layer.change()
+        layer.call()
+    stream = unused_stream(gpu)
+    gpu.cuda.Device().synchronize()
+    replay = capture(gpu, stream, lambda: [layer.call() for _ in range(3) for layer in layers])
+    for i in range(20):
+        with stream:
+            for layer in layers:
+                layer.change()
+            replay()
+            counts = [int(layer.misses()) for layer in layers]
+        assert not any(counts), (i, counts)
+
+
+# -- streams, threads, devices --
+
+
+def many_problems(xp, count):
+    return [
+        build_problem(
+            size(xp, [3000 + 500 * i, 64 * i, 9], [30 + 5 * i, 9, 0]), qo_lens=None if i % 2 else [i, 1, 5],
+            group_size=1 + 7 * (i % 3), head_dim=HEAD_DIMS[i % len(HEAD_DIMS)], dtype=DTYPES[i % 2], seed=i,
+            xp=xp,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_two_streams_at_once(xp):
+    problems = many_problems(xp, 2)
+    expected = [decode_bytes(p) for p in problems]
+    streams = [new_stream(xp) for _ in problems]
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+    results = [[], []]
+    for _ in range(size(xp, 100, 3)):
+        for stream, problem, result in zip(streams, problems, results, strict=True):
+            with stream:
+                result.append(problem.call(cupyattn.decode, return_lse=True))
+    for stream, wanted, result in zip(streams, expected, results, strict=True):
+        stream.synchronize()
+        assert {to_host(out).tobytes() + to_host(lse).tobytes() for out, lse in result} == {wanted}
+
+
+@pytest.mark.parametrize("streams", ["own", "per-thread-default", "default"])
+def test_many_threads_at_once(xp, streams):
+    """Each thread with its own problem; the first use of each shape races too."""
+    problems = many_problems(xp, 8)
+    start = threading.Barrier(len(problems))
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+
+    def work(problem):
+        stream = new_stream(xp)
+        if xp is not np and streams != "own":
+            stream = xp.cuda.Stream.ptds if streams == "per-thread-default" else xp.cuda.Stream.null
+        start.wait(timeout=60)
+        with stream:
+            results = [problem.call(cupyattn.decode, return_lse=True) for _ in range(size(xp, 200, 3))]
+            stream.synchronize()
+            return {to_host(out).tobytes() + to_host(lse).tobytes() for out, lse in results}
+
+    with ThreadPoolExecutor(len(problems)) as pool:
+        results = list(pool.map(work, problems))
+    for i, (result, problem) in enumerate(zip(results, problems, strict=True)):
+        wanted = decode_bytes(problem)
+        assert result == {wanted}, f"thread {i}: {len(result - {wanted})} wrong results"
+
+
+@pytest.mark.gpu
+def test_streams_have_workspaces_of_their_own(gpu):
+    from cupyattn.runtime.workspace import _defaults
+
+    problem = build_problem([100], xp=gpu)
+    streams = [unused_stream(gpu)]
+    with streams[0]:
+        problem.call(cupyattn.decode)
+    streams.append(unused_stream(gpu))
+    with streams[1]:
+        problem.call(cupyattn.decode)
+    first, second = (_defaults[gpu.cuda.runtime.getDevice(), stream.ptr] for stream in streams)
+    assert first.data.ptr != second.data.ptr
+    gpu.cuda.Device().synchronize()
+    counter_bytes = importlib.import_module("cupyattn.decode")._COUNTER_BYTES
+    assert not first[:counter_bytes].any()  # back at zero
+
+
+@pytest.mark.gpu
+def test_nothing_is_allocated_or_waited_for(gpu):
+    """With outputs given, a warm call takes no memory; it returns while the stream is still busy."""
+    problem = build_problem([100, 2000], xp=gpu)
+    out, lse = gpu.empty_like(problem.q), gpu.empty(problem.q.shape[:2], np.float32)
+    problem.call(cupyattn.decode, out=out, lse=lse)
+    pool = gpu.get_default_memory_pool()
+    stream = gpu.cuda.get_current_stream()
+    stream.synchronize()
+    busy = gpu.empty((1 << 14, 1 << 14), np.float32)
+    used = pool.used_bytes()
+    for _ in range(100):
+        busy.fill(1.0)  # 1 GB each: about 0.4 ms
+    problem.call(cupyattn.decode, out=out, lse=lse)
+    assert not stream.done, "the call waited"
+    assert pool.used_bytes() == used
+    stream.synchronize()
+
+
+@pytest.mark.gpu
+def test_arrays_on_another_device(gpu):
+    if gpu.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    with gpu.cuda.Device(1):
+        there = build_problem([100, 0, 700], xp=gpu)
+    with gpu.cuda.Device(0):
+        out, lse = there.call(cupyattn.decode, return_lse=True)
+        assert gpu.cuda.runtime.getDevice() == 0
+        here = build_problem([100, 0, 700], xp=gpu)
+        with pytest.raises(ValueError, match="device"):
+            cupyattn.decode(here.q, there.cache, here.pages)
+    assert out.device.id == lse.device.id == 1
+    with gpu.cuda.Device(1):
+        assert_right(out, lse, attend(there), there.dtype)
+
+
+# -- bad input on the device --
+
+
+def test_overlap_and_alignment(xp):
+    problem = build_problem([40, 9], dtype="float16", xp=xp)
+    flat = xp.zeros(problem.q.size + 64, np.float16)
+    shifted = flat[8 : 8 + problem.q.size].reshape(problem.q.shape)
+    overlapping = flat[: problem.q.size].reshape(problem.q.shape)
+    with pytest.raises(ValueError, match="out must not overlap"):
+        problem.replace(q=shifted).call(cupyattn.decode, out=overlapping)
+    with pytest.raises(ValueError, match="out must not overlap"):
+        problem.call(cupyattn.decode, out=problem.q)
+    assert not to_host(flat).any()
+    if xp is not np:
+        with pytest.raises(ValueError, match="16 bytes"):
+            problem.replace(q=flat[1 : 1 + problem.q.size].reshape(problem.q.shape)).call(cupyattn.decode)
+        with pytest.raises(ValueError, match="workspace"):
+            problem.call(cupyattn.decode, workspace=xp.zeros(1 << 16, np.uint8))
+        with pytest.raises(TypeError, match="dtype"):
+            problem.call(cupyattn.decode, workspace=xp.zeros(1 << 25, np.int8))
+
+
+def test_q_and_outputs_of_any_strides(xp):
+    """Heads and tokens strided, transposed and reversed; lse as a column of something else."""
+    problem = build_problem([70, 300, 5], head_dim=64, num_kv_heads=2, group_size=4, xp=xp)
+    expected = attend(problem)
+    tokens, heads, dim = problem.q.shape
+    for q_base, turn in (
+        (xp.zeros((tokens, heads, dim + 16), problem.q.dtype), lambda a: a[..., :dim]),
+        (xp.zeros((heads, tokens, dim), problem.q.dtype), lambda a: a.swapaxes(0, 1)),
+        (xp.zeros((2 * tokens, heads, dim), problem.q.dtype), lambda a: a[::-2]),
+    ):
+        q, out = turn(q_base), turn(poison(xp.empty_like(q_base)))
+        q[...] = problem.q
+        lse = poison(xp.empty((heads, tokens, 2), np.float32))[..., 1].swapaxes(0, 1)
+        problem.replace(q=q).call(cupyattn.decode, out=out, lse=lse)
+        assert_right(out, lse, expected, problem.dtype, q.strides)
+
+
+# -- fuzz --
+
+
+def test_fuzz_gpu(xp, record_property):
+    """Random problems, built and compared on the host, run on the device. Counts the cases that ran."""
+    cases = 0
+    target = size(xp, FUZZ_CASES, 40)
+    strategy = problem_arguments(dtypes=DTYPES, max_qo_len=size(xp, 24, 8), max_len=size(xp, 500, 200))
+
+    @settings(
+        max_examples=target, deadline=None, derandomize=False, database=None, print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategy)
+    def fuzz(arguments):
+        nonlocal cases
+        cases += 1
+        problem = build_problem(**arguments)
+        expected = attend(problem)
+        out, lse = to_backend(problem, xp).call(cupyattn.decode, return_lse=True)
+        assert_right(to_host(out), to_host(lse), expected, problem.dtype, arguments)
+
+    fuzz()
+    if xp is not np:
+        record_property("fuzz_cases", cases)
+    assert cases >= target

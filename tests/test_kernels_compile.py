@@ -1,0 +1,56 @@
+"""Every registered instance of every kernel compiles for each generation of chips, without spills."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import pytest
+
+from cupyattn.runtime import CI_ARCHS, Build, get_spec, list_kernels
+
+pytestmark = pytest.mark.slow
+
+Instance: TypeAlias = tuple[str, str, tuple[Any, ...]]  # arch, kernel, template arguments
+
+INSTANCES: list[Instance] = [
+    (arch, spec.name, args)
+    for arch in CI_ARCHS
+    for spec in list_kernels()
+    for args in spec.instances_for(arch)
+]
+
+
+def build(instance: Instance) -> Build:
+    arch, name, args = instance
+    return get_spec(name).build(args, arch)
+
+
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest) -> Iterator[Callable[[Instance], Build]]:
+    """Compile what this run has selected, on all cores and ahead of the tests that wait for it."""
+    selected = [
+        item.callspec.params["instance"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == test_compiles_without_spills.__name__
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {instance: pool.submit(build, instance) for instance in selected}
+        yield lambda instance: futures[instance].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: f"{i[0]}-{get_spec(i[1]).expression(i[2])}")
+def test_compiles_without_spills(instance: Instance, built: Callable[[Instance], Build]) -> None:
+    result = built(instance)
+    assert result.resources.spills == 0, result.log
+    assert "warning" not in result.log.lower(), result.log
+
+
+def test_every_kernel_has_instances_for_every_arch_it_supports() -> None:
+    for spec in list_kernels():
+        for arch in CI_ARCHS:
+            assert bool(spec.instances_for(arch)) == spec.supports(arch), (spec.name, arch)
+            assert len(set(spec.instances_for(arch))) == len(spec.instances_for(arch)), (spec.name, arch)
