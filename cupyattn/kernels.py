@@ -49,8 +49,9 @@ class DecodeConfig:
         row_bytes = 16 * (row_chunks if row_chunks % 8 == 0 else row_chunks | 1)
         kv_tiles = self.num_stages * 2 * self.tile_kv * row_bytes
         logits = 4 * self.tile_q * self.tile_kv if self.warps_kv > 1 else 0
-        row_offsets = 2 * 2 * self.tile_kv * 8
-        return kv_tiles + logits + row_offsets
+        row_addresses = 2 * 2 * self.tile_kv * 8
+        queries = self.tile_q * row_bytes
+        return kv_tiles + logits + row_addresses + queries
 
 
 def decode_config(arch: str, head_dim: int, rows: int, kv_bytes: int) -> DecodeConfig:
@@ -69,8 +70,8 @@ def decode_config(arch: str, head_dim: int, rows: int, kv_bytes: int) -> DecodeC
     Notes
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
-    head_dim 128, a 64-key tile is 32 KiB, and there is room for 3 CTAs x 2 stages (3 x 71 KiB) or 2 CTAs x 3
-    stages (2 x 103 KiB). The first wins on large problems (2 GB: 718 against 732 us), the second on small ones
+    head_dim 128, a 64-key tile is 32 KiB, and there is room for 3 CTAs x 2 stages (3 x 75 KiB) or 2 CTAs x 3
+    stages (2 x 107 KiB). The first wins on large problems (2 GB: 718 against 732 us), the second on small ones
     (33 MB: 18.7 against 21.6 us), where CTAs still move in step and with 2 stages all of them wait at once.
     """
     per_sm = shared_bytes_per_sm(arch)

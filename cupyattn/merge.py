@@ -226,7 +226,7 @@ class _CupyPlan(_Plan):
         if not direct:
             target_out = cupy.empty((*self.shape, self.head_dim), out.dtype)
             target_lse = cupy.empty(self.shape, np.float32)
-        if self.num_rows and self.head_dim:
+        if self.num_rows:
             first_out, first_lse = out.data.ptr, lse.data.ptr
             if self.axis is None:
                 second_out, second_lse = rest_out.data.ptr, rest_lse.data.ptr

@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       reinterpret_cast<float2*>(smem_kv + kStages * 2 * kTileBytes);  // [kWarpsQ][key tile][half][lane]
   const T** smem_rows =
       reinterpret_cast<const T**>(smem_kv + kStages * 2 * kTileBytes + kExchangeBytes);  // [2][K, V][kTileKV]
+  unsigned char* smem_q = reinterpret_cast<unsigned char*>(smem_rows + 2 * 2 * kTileKV);  // [kTileQ] rows
   __shared__ u32 smem_is_last;
 
   const int tid = threadIdx.x;
@@ -196,6 +197,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         finds_v ? v_pages + v_strides.offset(found_page, found_token, load.kv_head)
                 : k_pages + k_strides.offset(found_page, found_token, load.kv_head);
   };
+  const u64 policy = evict_first_policy();
   const auto copy_tile = [&](int stage, int slot) {
     constexpr int kChunks = kTileKV * Layout::kRowChunks;
     static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
         const bool exists = row < num_keys;
         const T* source = exists ? rows[row] + chunk * 8 : k_pages;
-        cp_async_16(smem_tile + kv * kTileBytes + Layout::offset(row, chunk), source, exists);
+        cp_async_16(smem_tile + kv * kTileBytes + Layout::offset(row, chunk), source, exists, policy);
       }
     }
   };
@@ -223,7 +225,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
 
   // --- Consumer ---
-  u32 q_frag[kDimSteps][4];
   float acc[kOwnDimSteps][2][4];
   SoftmaxState state[2];  // rows quad_row and quad_row + 8; `sum` over this thread's columns only
   int kv_max[2];          // last key that the row sees
@@ -231,23 +232,27 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const auto num_rows = [&]() { return min(use.request.qo_len * group_size - use.q_tile * kTileQ, kTileQ); };
   const auto kv_max_of = [&](int row) { return use.request.kv_len - use.request.qo_len + group.divide(row); };
 
-  // Reads a segment's queries. Called before the copy of the next tile starts: behind that in the memory
+  // Reads a segment's queries, once all warps are done with the last segment's. Called before the copy of the next tile starts: behind that in the memory
   // system's queues, they would take microseconds.
   const auto begin_segment = [&]() {
     const int total_rows = use.request.qo_len * group_size;
     const int first_row = use.q_tile * kTileQ;
+    constexpr int kChunks = 16 * Layout::kRowChunks;  // of the rows that kWarpsKV warps share
+#pragma unroll
+    for (int i = 0; i < ceil_div(kChunks, 32 * kWarpsKV); ++i) {
+      const int at = i * 32 * kWarpsKV + warp_kv * 32 + lane;
+      if (kChunks % (32 * kWarpsKV) != 0 && at >= kChunks) break;
+      const int row = warp_q * 16 + at / Layout::kRowChunks;
+      const int chunk = at % Layout::kRowChunks;
+      uint4 value = make_uint4(0, 0, 0, 0);  // rows that do not exist
+      if (first_row + row < total_rows) {
+        value = load_early_16(q + q_row_of(use.request, use.kv_head, first_row + row) + chunk * 8);
+      }
+      *reinterpret_cast<uint4*>(smem_q + Layout::offset(row, chunk)) = value;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + warp_q * 16 + quad_row + half * 8;
-      const bool exists = row < total_rows;
-      kv_max[half] = kv_max_of(min(row, total_rows - 1));
-      const T* q_row = q + (exists ? q_row_of(use.request, use.kv_head, row) : 0);
-#pragma unroll
-      for (int step = 0; step < kDimSteps; ++step) {
-        const u32* q_pair = reinterpret_cast<const u32*>(q_row + step * 16 + quad_col);
-        q_frag[step][half] = exists ? load_early(q_pair) : 0u;
-        q_frag[step][half + 2] = exists ? load_early(q_pair + 4) : 0u;
-      }
+      kv_max[half] = kv_max_of(min(first_row + warp_q * 16 + quad_row + half * 8, total_rows - 1));
       state[half] = SoftmaxState();
     }
 #pragma unroll
@@ -291,13 +296,16 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         for (int i = 0; i < 4; ++i) own[n][i] = 0.0f;
 #pragma unroll
       for (int step = 0; step < kDimSteps; ++step) {
+        u32 q_frag[4];
+        ldmatrix_x4(q_frag,
+                    smem_address_of(smem_q) + Layout::offset(warp_q * 16 + lane % 16, step * 2 + lane / 16));
 #pragma unroll
         for (int n = 0; n < kOwnKeyTiles; n += 2) {
           u32 k_frag[4];
           const int row = warp_kv * kKeysPerWarp + n * 8 + lane % 8 + lane / 16 * 8;
           ldmatrix_x4(k_frag, smem_k + Layout::offset(row, step * 2 + lane / 8 % 2));
-          mma_m16n8k16<T>(own[n], q_frag[step], k_frag[0], k_frag[1]);
-          mma_m16n8k16<T>(own[n + 1], q_frag[step], k_frag[2], k_frag[3]);
+          mma_m16n8k16<T>(own[n], q_frag, k_frag[0], k_frag[1]);
+          mma_m16n8k16<T>(own[n + 1], q_frag, k_frag[2], k_frag[3]);
         }
       }
 
@@ -391,7 +399,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
     if (use.last_of_segment()) {
       const int first_unit = use.unit - use.tile;
-      const int last_unit = first_unit + use.request.num_tiles - 1;
+      const int last_unit = first_unit + use.request.num_tiles() - 1;
       const int first_cta = partition.cta_of(first_unit);
       const int last_cta = partition.cta_of(last_unit);
       const int cta = blockIdx.x;

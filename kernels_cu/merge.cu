@@ -17,7 +17,7 @@ struct alignas(sizeof(T) * kVec) Vec {
 
 // clang-format off
 template <typename T, int kVec>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 8)
     merge_states_kernel(const T* first_out, const float* first_lse,  // [rows, head_dim], [rows]
                         const T* rest_out, const float* rest_lse,    // the same, num_states - 1 times
                         T* out, float* lse,                          // may be one of the inputs

@@ -245,7 +245,7 @@ def unused_stream(xp: ModuleType) -> Any:
     from cupyattn.runtime import workspace
 
     streams = [new_stream(xp)]
-    while xp is not np and any(streams[-1].ptr == ptr for _, ptr in workspace._defaults):
+    while xp is not np and any(streams[-1].ptr == ptr for _, ptr, _ in workspace._defaults):
         streams.append(new_stream(xp))
     return streams[-1]
 

@@ -511,7 +511,7 @@ def test_streams_have_workspaces_of_their_own(gpu):
     streams.append(unused_stream(gpu))
     with streams[1]:
         problem.call(cupyattn.decode)
-    first, second = (_defaults[gpu.cuda.runtime.getDevice(), stream.ptr] for stream in streams)
+    first, second = (_defaults[gpu.cuda.runtime.getDevice(), stream.ptr, 0] for stream in streams)
     assert first.data.ptr != second.data.ptr
     gpu.cuda.Device().synchronize()
     counter_bytes = importlib.import_module("cupyattn.decode")._COUNTER_BYTES

@@ -10,12 +10,19 @@ __device__ __forceinline__ u32 smem_address_of(const void* smem) {
   return static_cast<u32>(__cvta_generic_to_shared(smem));
 }
 
+// For data that is read once: it leaves L2 before anything that may be used again.
+__device__ __forceinline__ u64 evict_first_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Copies 16 bytes, or writes 16 zero bytes and reads nothing where `valid` is false.
-__device__ __forceinline__ void cp_async_16(u32 smem_address, const void* gmem, bool valid) {
+__device__ __forceinline__ void cp_async_16(u32 smem_address, const void* gmem, bool valid, u64 policy) {
   const int num_bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
                :
-               : "r"(smem_address), "l"(gmem), "r"(num_bytes)
+               : "r"(smem_address), "l"(gmem), "r"(num_bytes), "l"(policy)
                : "memory");
 }
 
@@ -36,6 +43,14 @@ __device__ __forceinline__ void prefetch_l2(const void* gmem) {
 __device__ __forceinline__ u32 load_early(const void* gmem) {
   u32 value;
   asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(value) : "l"(gmem));
+  return value;
+}
+
+__device__ __forceinline__ uint4 load_early_16(const void* gmem) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(gmem));
   return value;
 }
 

@@ -36,12 +36,10 @@ struct Problem {
 // One request's share of the line.
 template <int kTileKV, int kTileQ>
 struct Request {
-  int qo_begin;     // first query token
-  int qo_len;       // query tokens
-  int kv_begin;     // first key that any of them sees
-  int kv_len;       // keys, the query tokens' own included
-  int num_tiles;    // tiles of a group
-  int num_q_tiles;  // tiles of query rows
+  int qo_begin;  // first query token
+  int qo_len;    // query tokens
+  int kv_begin;  // first key that any of them sees
+  int kv_len;    // keys, the query tokens' own included
 
   __device__ __forceinline__ Request() {}
   __device__ __forceinline__ Request(const Problem& problem, int b) {
@@ -49,11 +47,14 @@ struct Request {
     qo_len = problem.qo_indptr != nullptr ? problem.qo_indptr[b + 1] - qo_begin : 1;
     kv_len = max(problem.kv_lens[b], 0);
     kv_begin = problem.window_left < 0 ? 0 : max(max(kv_len - qo_len, 0) - problem.window_left, 0);
-    num_tiles = max(ceil_div(kv_len - kv_begin, kTileKV), 1);
-    num_q_tiles = ceil_div(qo_len * problem.group_size.value, kTileQ);
   }
-  __device__ __forceinline__ int num_units(int num_kv_heads) const {
-    return num_kv_heads * num_q_tiles * num_tiles;
+  // Computed where they are needed: registers are scarcer than instructions.
+  __device__ __forceinline__ int num_tiles() const { return max(ceil_div(kv_len - kv_begin, kTileKV), 1); }
+  __device__ __forceinline__ int num_q_tiles(const Problem& problem) const {
+    return ceil_div(qo_len * problem.group_size.value, kTileQ);
+  }
+  __device__ __forceinline__ int num_units(const Problem& problem) const {
+    return problem.num_kv_heads * num_q_tiles(problem) * num_tiles();
   }
 };
 
@@ -100,22 +101,22 @@ struct Cursor {
   __device__ __forceinline__ bool done() const { return unit >= unit_end; }
   __device__ __forceinline__ int token_begin() const { return request.kv_begin + tile * kTileKV; }
   __device__ __forceinline__ bool last_of_segment() const {
-    return tile + 1 == request.num_tiles || unit + 1 == unit_end;
+    return tile + 1 == request.num_tiles() || unit + 1 == unit_end;
   }
 
   // To the next tile; true where that starts another group.
   __device__ __forceinline__ bool advance(const Problem& problem) {
     ++unit;
-    if (++tile < request.num_tiles) return false;
+    if (++tile < request.num_tiles()) return false;
     tile = 0;
-    if (++q_tile < request.num_q_tiles) return true;
+    if (++q_tile < request.num_q_tiles(problem)) return true;
     q_tile = 0;
     if (++kv_head < problem.num_kv_heads) return true;
     kv_head = 0;
     if (unit < unit_end) {
       do {  // requests without query tokens have no groups
         request = Request<kTileKV, kTileQ>(problem, ++request_idx);
-      } while (request.num_q_tiles == 0);
+      } while (request.qo_len == 0);
     }
     return true;
   }
@@ -152,7 +153,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV
   __shared__ int smem_start[2];  // request, its first unit
 
   const auto units_of = [&](int b) {
-    return b < problem.batch_size ? Request<kTileKV, kTileQ>(problem, b).num_units(problem.num_kv_heads) : 0;
+    return b < problem.batch_size ? Request<kTileKV, kTileQ>(problem, b).num_units(problem) : 0;
   };
   const int tid = threadIdx.x;
 
@@ -192,10 +193,12 @@ __device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV
   cursor.request_idx = smem_start[0];
   cursor.request = Request<kTileKV, kTileQ>(problem, cursor.request_idx);
   const u32 unit_in_request = cursor.unit - smem_start[1];
-  const u32 group = unit_in_request / static_cast<u32>(cursor.request.num_tiles);
-  cursor.tile = unit_in_request - group * cursor.request.num_tiles;
-  cursor.kv_head = group / static_cast<u32>(cursor.request.num_q_tiles);
-  cursor.q_tile = group - cursor.kv_head * cursor.request.num_q_tiles;
+  const u32 num_tiles = cursor.request.num_tiles();
+  const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
+  const u32 group = unit_in_request / num_tiles;
+  cursor.tile = unit_in_request - group * num_tiles;
+  cursor.kv_head = group / num_q_tiles;
+  cursor.q_tile = group - cursor.kv_head * num_q_tiles;
   return true;
 }
 
