@@ -45,7 +45,8 @@ def append(
         The pages of the new positions must belong to one request each.
     qo_indptr : array, shape [batch + 1], int32, optional
         Request ``b`` has the new tokens ``qo_indptr[b] .. qo_indptr[b + 1] - 1``. Tokens from ``qo_indptr[-1]`` on
-        (padding, in a captured graph) belong to nobody: they are not stored.
+        (padding, in a captured graph) belong to nobody: they are not stored, and what is returned for their
+        queries is undefined.
     rope : Rope, optional
         Rotates `k` by its positions before it is stored, and `q`. Angles are computed in double precision.
     q : array, shape [tokens, num_qo_heads, head_dim], dtype of the cache, optional
@@ -54,6 +55,7 @@ def append(
         Where to write the rotated queries; may be `q` itself.
     validate : bool
         Check the values of tables, lengths and offsets, which needs a copy to the host and waits for it.
+        Takes padding rows for a mistake: `qo_indptr` must end at the number of tokens.
 
     Returns
     -------
@@ -275,7 +277,7 @@ def _make_plan(arrays: tuple[Any, ...], layout: str, rope: Rope | None) -> _Plan
 _plans = PlanCache(_make_plan)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without bound: captured graphs hold the addresses
 def _turns_on_device(rope: Rope, head_dim: int, device: int) -> Any:
     """Return the turns per position of each pair, float64; made once, as a copy from the host is slow."""
     return constant(rope.inv_freq_array(head_dim) / (2.0 * np.pi * rope.scale), device)

@@ -75,6 +75,7 @@ def decode(
         overlap in time need one each: pass your own if a captured graph is replayed on another stream.
     validate : bool
         Check the values of tables, lengths and offsets, which needs a copy to the host and waits for it.
+        Takes padding rows for a mistake: `qo_indptr` must end at the number of tokens.
 
     Returns
     -------
@@ -314,10 +315,13 @@ class _CupyPlan(_Plan):
         strides_of_out = checks.element_strides(out)[:2] if out is not None else _c_strides(q.shape)
         strides_of_lse = checks.element_strides(lse) if lse is not None else (q.shape[1], 1)
         table_row_stride = 0 if kv_indptr is not None else checks.element_strides(kv_indices)[0]
+        # Entries that the kernel may prefetch from the table's start on: of a table that lies there in one piece.
+        in_one_piece = kv_indptr is not None or table_row_stride >= kv_indices.shape[1]
+        num_table_entries = min(kv_indices.size, 2**31 - 1) if in_one_piece else 0
         self.constants = (
             *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *strides_of_out, *strides_of_lse,
             self.batch_size, cache.num_kv_heads, *kernels.divisor(self.group_size), *kernels.divisor(self.page_size),
-            table_row_stride, min(kv_indices.size, 2**31 - 1),
+            table_row_stride, num_table_entries,
         )  # fmt: skip
 
     def run(

@@ -79,7 +79,7 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
                 return PageTable(native(a.kv_indptr), native(a.kv_indices), native(a.kv_lens))
             if isinstance(a, tuple | list):
                 return tuple(native(x) for x in a)
-            if not (hasattr(a, "shape") and hasattr(a, "dtype")):
+            if isinstance(a, np.generic) or not (hasattr(a, "shape") and hasattr(a, "dtype")):
                 return a
             if framework_of(a) != framework:
                 raise TypeError(

@@ -222,7 +222,7 @@ class _CupyPlan(_Plan):
             a if a is None or i >= 4 else cupy.ascontiguousarray(a) for i, a in enumerate(arrays)
         )
         target_out, target_lse = into_out, into_lse
-        direct = self.in_place and self._rows_meet(arrays)
+        direct = self.in_place and (not self.num_rows or not self.head_dim or self._rows_meet(arrays))
         if not direct:
             target_out = cupy.empty((*self.shape, self.head_dim), out.dtype)
             target_lse = cupy.empty(self.shape, np.float32)

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   int group_size, u32 group_multiplier, int group_shift,  // Divisor
                   int page_size, u32 page_multiplier, int page_shift,     // Divisor
                   int table_row_stride,
-                  int num_table_entries,                // of kv_indices
+                  int num_table_entries,                // of kv_indices, to prefetch
                   int window_left,                      // -1: unbounded
                   float sm_scale,
                   float logits_soft_cap) {              // 0: none

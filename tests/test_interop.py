@@ -451,3 +451,14 @@ def test_jax_order(gpu):
         late = q + (busy[0, 0] * 0).astype(q.dtype)
         out = cupyattn.decode(late, cache, pages, **options)
         assert_close(jax.numpy(jnp.asarray(out)), oracle(problem)[0], TOLERANCE["float16"])
+
+
+def test_numpy_scalars_are_no_arrays():
+    torch = pytest.importorskip("torch")
+    k = torch.zeros(1, 4, 2, 64, dtype=torch.float16)
+    q = torch.zeros(1, 2, 64, dtype=torch.float16)
+    pages = cupyattn.PageTable.from_dense(
+        torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    )
+    out = cupyattn.decode(q, (k, k), pages, sm_scale=np.float64(0.125), window_left=np.int64(3))
+    assert isinstance(out, torch.Tensor)

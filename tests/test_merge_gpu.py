@@ -214,3 +214,14 @@ def test_graph(xp):
                 poison(a)
             replay()
             assert_merged(into, reference.merge_states(*host), "bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_into_without_rows_or_head_dim(xp, shape):
+    rows, head_dim = shape
+    out, lse = xp.zeros((2, rows, head_dim), np.float16), xp.zeros((2, rows), np.float32)
+    into = (xp.zeros((rows, head_dim), np.float16), xp.zeros(rows, np.float32))
+    merged, total = cupyattn.merge_states(out, lse, into=into)
+    assert merged is into[0]
+    assert total is into[1]
+    assert np.allclose(to_host(total), np.log(2.0))

@@ -42,7 +42,10 @@ def constant(values: np.ndarray, device: int) -> Any:
 
 
 def default_workspace(nbytes: int, device: int, stream: int) -> Any:
-    """Return the workspace of a stream, made or grown at need. Work on one stream is ordered, so it can share."""
+    """Return the workspace of a stream, made or grown at need. Work on one stream is ordered, so it can share.
+
+    A stream that is destroyed while its work is still under way may pass its handle, and so its workspace, on.
+    """
     # Each thread has a default stream of its own under the one handle.
     thread = threading.get_ident() if stream == _PER_THREAD_STREAM else 0
     key = (device, stream, thread)

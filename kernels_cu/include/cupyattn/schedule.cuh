@@ -15,6 +15,7 @@
 // group that it enters halfway (slot 0), one of the group that it leaves halfway (slot 1); the first
 // partial's slot also names a node's arrival counter. The last arriver sets the counter back to 0.
 //
+// Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
 #pragma once
 
