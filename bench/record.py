@@ -2,8 +2,9 @@
 
     python bench/record.py tests                       the GPU tests        -> gpu_tests.json
     python bench/record.py bench [--quick] [--only S]  the grid, with peers -> decode_<device>.json
+    python bench/record.py gemma3 [--model FILE.gguf]  greedy text, GPU and NumPy -> gemma3.json
 
-Both need a GPU, and name the device, the driver, the date and the sources (`source_sha256`) that were run.
+All need a GPU, and name the device, the driver, the date and the sources (`source_sha256`) that were run.
 `--quick` and `--only` (rows whose key contains S) write decode_<device>.partial.json; records are whole runs.
 """
 
@@ -245,12 +246,35 @@ def record_bench(chosen: Sequence[configs.Config], path: Path, seed: int, with_p
     return 0 if all(verdict["ok"] is not False for verdict in record["verdicts"]) else 1
 
 
+def record_gemma3(path: Path, model: str | None) -> int:
+    """Both backends write 64 tokens after each of the example's prompts; 1 if a text differs without a tie."""
+    from cupyattn.examples import gemma3
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "compare.json"
+        gemma3.main(
+            ["--compare", "--tokens", "64", "--json", str(file), *(["--model", model] if model else [])]
+        )
+        result = json.loads(file.read_text())
+    record = {
+        "kind": "gemma3 greedy text",
+        **timing.environment(),
+        "source_sha256": source_sha256(),
+        **result,
+    }
+    write(record, path)
+    print(f"{path.name}: {result['num_same']} of {len(result['texts'])} texts the same")
+    return int(result["num_same"] < len(result["texts"]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     tests = commands.add_parser("tests", help="run and record the GPU tests")
     bench = commands.add_parser("bench", help="run and record the grid")
-    for command in (tests, bench):
+    gemma = commands.add_parser("gemma3", help="compare and record the example's text on both backends")
+    gemma.add_argument("--model", help="GGUF file; default: the one of the PyPI package")
+    for command in (tests, bench, gemma):
         command.add_argument("--output", type=Path, help="default: a file under bench/results/")
     bench.add_argument("--quick", action="store_true", help="a dozen rows")
     bench.add_argument("--only", metavar="S", help="rows whose key contains S")
@@ -263,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.command == "tests":
         return record_tests(options.output or RESULTS / "gpu_tests.json")
+    if options.command == "gemma3":
+        return record_gemma3(options.output or RESULTS / "gemma3.json", options.model)
     chosen = [
         config
         for config in configs.GRID
