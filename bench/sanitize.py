@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,19 @@ def summary_of(log: str) -> str:
     return lines[-1] if lines else "no summary"
 
 
+def findings_of(log: str) -> dict[str, int]:
+    """How many of the tool's reports name each kernel instance; a kernel's parameter list is left out."""
+    reports = re.findall(
+        r"^=+ (?:Error|Warning|Invalid|Uninitialized|Barrier)[^\n]*(?:\n=+ {2,}[^\n]*)*", log, re.M
+    )
+    kernels = Counter(
+        name.replace("(int)", "")
+        for report in reports
+        for name in dict.fromkeys(re.findall(r"cupyattn::(\w+<.*?>)\(", report))
+    )
+    return dict(kernels.most_common())
+
+
 def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_EXIT), sys.executable, __file__]
     start = time.perf_counter()
@@ -211,11 +225,14 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
         "exit_code": code,
         "summary": summary_of(log) if code is not None else f"stopped after {TIMEOUT_S} s",
         "problems": sum(map(int, re.findall(r"(\d+) problems right", log))),
+        "findings": findings_of(log),
         "wall_s": round(time.perf_counter() - start, 1),
     }
     print(f"{tool}: exit {code}, {result['summary']}, {result['problems']} problems, {result['wall_s']} s")
+    for kernel, count in result["findings"].items():
+        print(f"  {count} reports in {kernel}")
     if code != 0:
-        print(log[-6000:])
+        print(log[:6000], "...", log[-2000:], sep="\n")
     return result
 
 

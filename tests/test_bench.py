@@ -397,3 +397,26 @@ def test_report_writes_table_and_plots(tmp_path: Path) -> None:
     before = written[2].read_bytes()
     report.report(path, tmp_path / "plots")
     assert written[2].read_bytes() == before
+
+
+def test_sanitizer_findings_are_counted_by_kernel() -> None:
+    from bench.sanitize import findings_of, summary_of
+
+    one, two = (
+        "void cupyattn::decode_kernel<cupyattn::half_t, (int)64>(const T1 *)",
+        "void cupyattn::append_kernel<T>()",
+    )
+    log = "\n".join([
+        "decode: 84 problems right, 6.5 s",
+        f"========= Warning: Race reported between Write access at {one}+0x2c30",
+        f"=========     and Read access at {one}+0x4ac0 [2240 hazards]",
+        f"=========     and Read access at {one}+0x4b00 [2560 hazards]",
+        "=========",
+        f"========= Error: Race reported between Write access at {one}+0x10",
+        f"=========     and Read access at {two}+0x20 [1 hazards]",
+        "=========",
+        "========= RACECHECK SUMMARY: 2 hazards displayed (1 errors, 1 warnings)",
+    ])  # fmt: skip
+    assert findings_of(log) == {"decode_kernel<cupyattn::half_t, 64>": 2, "append_kernel<T>": 1}
+    assert summary_of(log) == "RACECHECK SUMMARY: 2 hazards displayed (1 errors, 1 warnings)"
+    assert findings_of("========= ERROR SUMMARY: 0 errors") == {}
