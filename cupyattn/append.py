@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
-from cupyattn.cache import PagedKVCache, PageTable
-from cupyattn.plan import OverlapGuard, PlanCache
+from cupyattn.cache import PagedKVCache, PageTable, as_cache
+from cupyattn.plan import Plan, PlanCache
 from cupyattn.rope import Rope
 from cupyattn.runtime.registry import get_kernel
 from cupyattn.runtime.workspace import constant
@@ -91,38 +91,47 @@ def append(
         return interop.call(
             append, k, k, v, cache, pages, qo_indptr=qo_indptr, rope=rope, q=q, q_out=q_out, validate=validate
         )
-    if isinstance(cache, PagedKVCache):
-        k_pages, v_pages, layout = cache.k_pages, cache.v_pages, cache.layout
-    else:
-        k_pages, v_pages, layout = *checks.as_pair("append", cache), "NHD"
+    if not isinstance(cache, PagedKVCache):
+        cache = checks.as_pair("append", cache)
     if not isinstance(pages, PageTable):
         raise TypeError(f"append: pages must be a PageTable, got {type(pages).__name__}")
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"append: rope must be a Rope, got {type(rope).__name__}")
-    arrays = (k, v, k_pages, v_pages, q, q_out, qo_indptr, pages.kv_indptr, pages.kv_indices, pages.kv_lens)
-    plan = _plans.get(arrays, layout, rope)
+    operands = (k, v, cache, q, q_out, qo_indptr, pages)
+    plan = _plans.get(operands, rope)
     if validate:
+        cache = as_cache(cache)
         checks.validate_pages(
-            "append", pages, page_size=plan.page_size, num_pages=plan.num_pages, qo_indptr=qo_indptr,
+            "append", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
             num_tokens=k.shape[0],
         )  # fmt: skip
-    return plan.run(arrays)
+    return plan.run(operands)
 
 
-class _Plan:
-    """What one signature settles: the checks have passed, the sizes are known."""
+class _AppendPlan(Plan):
+    caller = "append"
+    array_names = (
+        "k", "v", "k_pages", "v_pages", "q", "q_out", "qo_indptr", "kv_indptr", "kv_indices", "kv_lens",
+    )  # fmt: skip
+    written = ("k_pages", "v_pages", "q_out")
+    apart = (
+        ("k_pages", "k"), ("k_pages", "v"), ("k_pages", "q"),
+        ("v_pages", "k"), ("v_pages", "v"), ("v_pages", "q"),
+        ("q_out", "k"), ("q_out", "v"), ("q_out", "k_pages"), ("q_out", "v_pages"), ("q_out", "q"),
+    )  # fmt: skip
+    may_coincide = (("q_out", "q"),)
 
-    def __init__(self, arrays: tuple[Any, ...], layout: str, rope: Rope | None) -> None:
-        k, v, k_pages, v_pages, q, q_out, qo_indptr, *_, kv_lens = arrays
-        checks.check_same_framework("append", dict(zip(_ARRAY_NAMES, arrays, strict=True)))
-        cache = PagedKVCache(k_pages, v_pages, layout=layout)
+    def __init__(self, operands: tuple[Any, ...], rope: Rope | None) -> None:
+        super().__init__(operands)
+        k, v, cache, q, q_out, qo_indptr, pages = operands
+        cache = as_cache(cache)
         if q is None and q_out is not None:
             raise ValueError("append: q_out needs q, got None")
         tokens = "batch" if qo_indptr is None else "total_tokens"
         signature = {
             "k": (k, f"{tokens} num_kv_heads head_dim"),
             "v": (v, f"{tokens} num_kv_heads head_dim"),
-            "kv_lens": (kv_lens, "batch"),
+            "kv_lens": (pages.kv_lens, "batch"),
         }
         for name, a, pattern in (
             ("qo_indptr", qo_indptr, "batch+1"),
@@ -131,62 +140,33 @@ class _Plan:
         ):
             if a is not None:
                 signature[name] = (a, pattern)
-        sizes = checks.check_arrays(
-            "append", signature, {"num_kv_heads": cache.num_kv_heads, "head_dim": cache.head_dim}
-        )
+        settled = {"num_kv_heads": cache.num_kv_heads, "head_dim": cache.head_dim}
+        checks.check_arrays("append", signature, settled)
         for name in ("k", "v", "q", "q_out"):
             if name in signature:
-                checks.check_same_dtype(f"append: {name}", signature[name][0], "k_pages", k_pages)
+                checks.check_same_dtype(f"append: {name}", signature[name][0], "k_pages", cache.k_pages)
                 checks.check_last_axis_contiguous(f"append: {name}", signature[name][0])
         if qo_indptr is not None:
             checks.check_dtype("append: qo_indptr", qo_indptr, "int32")
             checks.check_last_axis_contiguous("append: qo_indptr", qo_indptr)
         if rope is not None:
             rope.inv_freq_array(cache.head_dim)  # raises if it does not fit
-        written = [("k_pages", name) for name in ("k", "v", "q")] + [
-            ("v_pages", name) for name in ("k", "v", "q")
-        ]
-        written += [("q_out", name) for name in ("k", "v", "k_pages", "v_pages")]
-        self.overlaps = OverlapGuard("append", _ARRAY_NAMES, arrays, written)
-        self.q_overlap = OverlapGuard("append", _ARRAY_NAMES, arrays, [("q_out", "q")])
-        self.layout = layout
         self.rope = rope
-        self.batch_size = sizes["batch"]
-        self.num_qo_heads = sizes.get("num_qo_heads", 0)
-        self.page_size = cache.page_size
-        self.num_pages = cache.num_pages
-        self.head_dim = cache.head_dim
+        self._prepare(k, v, cache, q, q_out, pages)
 
-    def check_overlaps(self, arrays: tuple[Any, ...]) -> None:
-        self.overlaps.check(arrays)
-        q, q_out = arrays[_ARRAY_NAMES.index("q")], arrays[_ARRAY_NAMES.index("q_out")]
-        in_place = q is q_out or (
-            q_out is not None
-            and checks.data_pointer(q) == checks.data_pointer(q_out)
-            and q.strides == q_out.strides
-        )
-        if not in_place:
-            self.q_overlap.check(arrays)
-
-    def run(self, arrays: tuple[Any, ...]) -> Any:
-        raise NotImplementedError
+    def _prepare(self, k: Any, v: Any, cache: PagedKVCache, q: Any, q_out: Any, pages: PageTable) -> None:
+        """Settle what only this backend needs. No array may be kept: a plan outlives them."""
 
 
-class _NumpyPlan(_Plan):
-    def run(self, arrays: tuple[Any, ...]) -> Any:
-        k, v, k_pages, v_pages, q, q_out, qo_indptr, kv_indptr, kv_indices, kv_lens = arrays
-        for name, target in (("k_pages", k_pages), ("v_pages", v_pages), ("q_out", q_out)):
-            if target is not None:
-                checks.check_writable(f"append: {name}", target)
-        self.check_overlaps(arrays)
-        cache = PagedKVCache(k_pages, v_pages, layout=self.layout)
-        pages = PageTable(kv_indptr, kv_indices, kv_lens)
-        reference.append(k, v, cache, pages, qo_indptr=qo_indptr, rope=self.rope)
+class _NumpyPlan(_AppendPlan):
+    def _run(self, operands: tuple[Any, ...], place: tuple[int, ...]) -> Any:
+        k, v, cache, q, q_out, qo_indptr, pages = operands
+        reference.append(k, v, as_cache(cache), pages, qo_indptr=qo_indptr, rope=self.rope)
         if q is None:
             return None
         rotated = q
         if self.rope is not None:
-            _, positions = reference.token_positions(kv_lens, qo_indptr)
+            _, positions = reference.token_positions(pages.kv_lens, qo_indptr)
             num_tokens = len(positions)
             rotated = q.copy()
             rotated[:num_tokens] = reference.apply_rope(q[:num_tokens], positions, self.rope).astype(q.dtype)
@@ -196,85 +176,47 @@ class _NumpyPlan(_Plan):
         return q_out
 
 
-class _CupyPlan(_Plan):
-    def __init__(self, arrays: tuple[Any, ...], layout: str, rope: Rope | None) -> None:
-        super().__init__(arrays, layout, rope)
-        k, v, k_pages, v_pages, q, q_out, _, kv_indptr, kv_indices, _ = arrays
-        self.device = checks.check_same_device("append", dict(zip(_ARRAY_NAMES, arrays, strict=True)))
+class _CupyPlan(_AppendPlan):
+    device: int
+
+    def _prepare(self, k: Any, v: Any, cache: PagedKVCache, q: Any, q_out: Any, pages: PageTable) -> None:
         checks.check_dtype("append: k", k, kernels.DECODE_DTYPES)
-        if self.head_dim % 2 or self.head_dim > 512:
-            raise ValueError(f"append: head_dim must be even and at most 512 on a GPU, got {self.head_dim}")
-        cache = PagedKVCache(k_pages, v_pages, layout=layout)
-        mode, self.inv_freq, rotary_dim = _NO_ROPE, None, 0
-        if rope is not None:
-            mode = _INTERLEAVED if rope.interleaved else _HALF_SPLIT
-            self.inv_freq = _turns_on_device(rope, self.head_dim, self.device)
-            rotary_dim = 2 * self.inv_freq.shape[0]
+        head_dim = cache.head_dim
+        if head_dim % 2 or head_dim > 512:
+            raise ValueError(f"append: head_dim must be even and at most 512 on a GPU, got {head_dim}")
+        mode, self.inv_freq_ptr, rotary_dim = _NO_ROPE, 0, 0
+        if self.rope is not None:
+            mode = _INTERLEAVED if self.rope.interleaved else _HALF_SPLIT
+            inv_freq = _turns_on_device(self.rope, head_dim, self.device)
+            self.inv_freq_ptr, rotary_dim = inv_freq.data.ptr, 2 * inv_freq.shape[0]
         self.launcher = None
         if k.shape[0]:
             kernel = get_kernel("append", kernels.CUDA_TYPES[checks.dtype_name(k)], device=self.device)
             self.launcher = kernel.prepare(k.shape[0], kernels.APPEND_THREADS)
-        no_q = (0, 0)
-        q_strides = checks.element_strides(q)[:2] if q is not None else no_q
-        q_out_strides = checks.element_strides(q_out)[:2] if q_out is not None else no_q
-        if q is not None and q_out is None:
-            q_out_strides = (q.shape[1] * q.shape[2], q.shape[2])
-        table_row_stride = 0 if kv_indptr is not None else checks.element_strides(kv_indices)[0]
+        num_qo_heads = 0 if q is None else q.shape[1]
+        q_strides = checks.element_strides(q)[:2] if q is not None else (0, 0)
+        q_out_strides = (
+            checks.element_strides(q_out)[:2] if q_out is not None else (num_qo_heads * head_dim, head_dim)
+        )
+        table_row_stride = checks.element_strides(pages.kv_indices)[0] if pages.is_dense else 0
         self.constants = (
             *checks.element_strides(k)[:2], *checks.element_strides(v)[:2], *cache.k_strides, *cache.v_strides,
-            *q_strides, *q_out_strides, self.batch_size, cache.num_kv_heads, self.num_qo_heads, self.head_dim,
-            self.page_size, table_row_stride, rotary_dim, mode,
+            *q_strides, *q_out_strides, pages.batch_size, cache.num_kv_heads, num_qo_heads, head_dim,
+            cache.page_size, table_row_stride, rotary_dim, mode,
         )  # fmt: skip
 
-    def run(self, arrays: tuple[Any, ...]) -> Any:
-        import cupy
-
-        if self.device != cupy.cuda.runtime.getDevice():
-            with cupy.cuda.Device(self.device):
-                return self.run(arrays)
-        self.check_overlaps(arrays)
-        k, v, k_pages, v_pages, q, q_out, qo_indptr, kv_indptr, kv_indices, kv_lens = arrays
+    def _run(self, operands: tuple[Any, ...], place: tuple[int, ...]) -> Any:
+        _, _, _, q, q_out, _, _ = operands
         if q is not None and q_out is None:
-            q_out = cupy.empty(q.shape, q.dtype)
+            q_out = self.xp.empty(q.shape, q.dtype)
         if self.launcher is not None:
-            pointers = (
-                k,
-                v,
-                k_pages,
-                v_pages,
-                q,
-                q_out,
-                qo_indptr,
-                kv_indptr,
-                kv_indices,
-                kv_lens,
-                self.inv_freq,
-            )
-            self.launcher((*(a.data.ptr if a is not None else 0 for a in pointers), *self.constants))
+            inputs, tables = place[:5], place[6:]  # q_out, which may be new, comes between them
+            q_out_ptr = 0 if q_out is None else q_out.data.ptr
+            self.launcher((*inputs, q_out_ptr, *tables, self.inv_freq_ptr, *self.constants))
         return q_out
 
 
-_ARRAY_NAMES = (
-    "k",
-    "v",
-    "k_pages",
-    "v_pages",
-    "q",
-    "q_out",
-    "qo_indptr",
-    "kv_indptr",
-    "kv_indices",
-    "kv_lens",
-)
-
-
-def _make_plan(arrays: tuple[Any, ...], layout: str, rope: Rope | None) -> _Plan:
-    checks.check_is_array("append: k", arrays[0])
-    plan = _NumpyPlan if checks.framework_of(arrays[0]) == "numpy" else _CupyPlan
-    return plan(arrays, layout, rope)
-
-
-_plans = PlanCache(_make_plan)
+_plans: PlanCache[_AppendPlan] = PlanCache(_NumpyPlan, _CupyPlan)
 
 
 @functools.cache  # without bound: captured graphs hold the addresses

@@ -6,6 +6,7 @@ request's row of the page table names. Page ids and table entries are int32; off
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from array import array
@@ -16,12 +17,16 @@ import ml_dtypes
 import numpy as np
 
 from cupyattn import checks
+from cupyattn.plan import ArrayGroup
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-class PageTable:
-    """Which pages hold each request's tokens, and how many there are. Immutable; arrays are held as given.
+class PageTable(ArrayGroup):
+    """Which pages hold each request's tokens, and how many there are.
+
+    Immutable; arrays are held as given. Their values may change in place, their shapes, strides and addresses
+    must not: calls look at those once.
 
     Parameters
     ----------
@@ -68,22 +73,12 @@ class PageTable:
         for name, (a, _) in signature.items():
             checks.check_dtype(f"PageTable: {name}", a, "int32")
             checks.check_last_axis_contiguous(f"PageTable: {name}", a)
-        object.__setattr__(self, "kv_indptr", kv_indptr)
-        object.__setattr__(self, "kv_indices", kv_indices)
-        object.__setattr__(self, "kv_lens", kv_lens)
+        super().__init__({"kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_lens": kv_lens})
 
     @classmethod
     def from_dense(cls, page_table: Any, kv_lens: Any) -> PageTable:
         """Make a table with one row per request: `page_table` has shape [batch, max_pages], int32."""
         return cls(None, page_table, kv_lens)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(
-            f"PageTable is immutable: cannot set {name} (its arrays may be written in place)"
-        )
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"PageTable is immutable: cannot delete {name}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PageTable, (self.kv_indptr, self.kv_indices, self.kv_lens)
@@ -109,8 +104,11 @@ class PageTable:
         return f"PageTable({kind}, batch_size={self.batch_size}, {entries}, {module} int32)"
 
 
-class PagedKVCache:
+class PagedKVCache(ArrayGroup):
     """Keys and values of one layer, in pages. Wraps existing arrays without copying.
+
+    Immutable. The arrays' values may change in place, their shapes, strides and addresses must not: calls look
+    at those once.
 
     Parameters
     ----------
@@ -130,6 +128,13 @@ class PagedKVCache:
 
     __slots__ = ("k_pages", "k_strides", "layout", "v_pages", "v_strides")
 
+    k_pages: Any
+    v_pages: Any
+    layout: str
+    #: Strides in elements over (page, token, head), whatever the layout.
+    k_strides: tuple[int, int, int]
+    v_strides: tuple[int, int, int]
+
     def __init__(self, k_pages: Any, v_pages: Any, *, layout: str = "NHD") -> None:
         if layout not in ("NHD", "HND"):
             raise ValueError(f"PagedKVCache: layout must be 'NHD' or 'HND', got {layout!r}")
@@ -145,12 +150,12 @@ class PagedKVCache:
                 f"PagedKVCache: k_pages must have page_size, num_kv_heads and head_dim of at least 1, "
                 f"got shape {list(k_pages.shape)}"
             )
-        self.k_pages = k_pages
-        self.v_pages = v_pages
-        self.layout = layout
-        #: Strides in elements over (page, token, head), whatever the layout.
-        self.k_strides: tuple[int, int, int] = self._strides(k_pages)
-        self.v_strides: tuple[int, int, int] = self._strides(v_pages)
+        super().__init__(
+            {"k_pages": k_pages, "v_pages": v_pages},
+            layout=layout,
+            k_strides=_page_token_head(checks.element_strides(k_pages), layout),
+            v_strides=_page_token_head(checks.element_strides(v_pages), layout),
+        )
 
     @classmethod
     def from_interleaved(cls, kv_pages: Any, *, layout: str = "NHD") -> PagedKVCache:
@@ -203,9 +208,8 @@ class PagedKVCache:
         shape = (num_pages, *inner, head_dim)
         return cls(xp.zeros(shape, _DTYPES[name]), xp.zeros(shape, _DTYPES[name]), layout=layout)
 
-    def _strides(self, pages: Any) -> tuple[int, int, int]:
-        page, token, head, _ = checks.element_strides(pages)
-        return (page, token, head) if self.layout == "NHD" else (page, head, token)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(PagedKVCache, layout=self.layout), (self.k_pages, self.v_pages)
 
     @property
     def num_pages(self) -> int:
@@ -289,6 +293,16 @@ class PagedKVCache:
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"{checks.dtype_name(self.dtype)}, {self.layout}, {module}, {size:.4g} {unit})"
         )
+
+
+def _page_token_head(strides: tuple[int, ...], layout: str) -> tuple[int, int, int]:
+    page, token, head, _ = strides
+    return (page, token, head) if layout == "NHD" else (page, head, token)
+
+
+def as_cache(cache: PagedKVCache | tuple[Any, Any]) -> PagedKVCache:
+    """Return `cache` itself, or a pair (k_pages, v_pages) in NHD layout as one."""
+    return cache if isinstance(cache, PagedKVCache) else PagedKVCache(*cache)
 
 
 class OutOfPages(RuntimeError):

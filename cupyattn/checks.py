@@ -7,6 +7,7 @@ Only `validate_pages` looks at values; all else looks at metadata and never sync
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -173,14 +174,45 @@ def check_divisible(name_a: str, a: int, name_b: str, b: int) -> None:
         raise ValueError(f"{name_a} must be a positive multiple of {name_b} = {b}, got {a}")
 
 
+def as_finite(name: str, value: Any) -> float:
+    """Return `value` as a finite float, or raise: TypeError for no number, ValueError for no finite one."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def as_index(name: str, value: Any) -> int:
+    """Return `value` as an int, or raise TypeError: numbers with a fraction are not rounded."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if type(value) is not bool:
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def data_pointer(a: Any) -> int:
     """Address of the first element of a NumPy, CuPy, torch or JAX array."""
     if isinstance(a, np.ndarray):
         return int(a.__array_interface__["data"][0])
+    try:
+        return int(a.data.ptr)  # CuPy
+    except AttributeError:
+        pass
+    if isinstance(a, np.generic):
+        return 0  # a value, which shares memory with nothing
     if callable(getattr(a, "data_ptr", None)):  # torch
         return int(a.data_ptr())
-    if hasattr(getattr(a, "data", None), "ptr"):  # CuPy
-        return int(a.data.ptr)
     return int(a.unsafe_buffer_pointer())  # JAX
 
 

@@ -98,15 +98,11 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
 
         if framework == "jax":
             for name in ("out", "lse", "into", "q_out"):
-                if kwargs.get(name) is not None and name not in _JAX_INPUTS.get(function.__name__, ()):
+                if kwargs.get(name) is not None:
                     raise TypeError(f"{function.__name__}: {name} cannot be a JAX array: they are immutable")
         native_kwargs = {name: a if name == "workspace" else native(a) for name, a in kwargs.items()}
         result = function(*(native(a) for a in args), **native_kwargs)
         return None if result is None else foreign(result)
-
-
-#: Keyword arguments that are read in a function although others of that name are written.
-_JAX_INPUTS: dict[str, tuple[str, ...]] = {"merge_states": ("out", "lse")}
 
 
 def _stream_of(like: Any, framework: str) -> contextlib.AbstractContextManager[Any]:

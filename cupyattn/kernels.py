@@ -19,8 +19,9 @@ APPEND_THREADS = 128  # kAppendThreads of append.cu
 DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 _KiB = 1024
-_SMALL_KV_BYTES = 64 << 20
 _RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
+_STATIC_SHARED_BYTES = 2 * _KiB  # at most: what decode.cu declares with a fixed size
+MAX_MERGE_LEVELS = 3  # Partials::kMaxLevels of merge_tree.cuh
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class DecodeConfig:
     """One shape of the decode kernel: the template parameters after T and kHeadDim (see decode.cu)."""
 
     warps_q: int
+    row_blocks: int
     warps_kv: int
     tile_kv: int
     num_stages: int
@@ -41,20 +43,24 @@ class DecodeConfig:
     @property
     def tile_q(self) -> int:
         """Query rows of a tile."""
-        return 16 * self.warps_q
+        return 8 * self.row_blocks * self.warps_q
 
     def shared_bytes(self, head_dim: int) -> int:
         """Dynamic shared memory of a CTA."""
         row_chunks = head_dim // 8
         row_bytes = 16 * (row_chunks if row_chunks % 8 == 0 else row_chunks | 1)
         kv_tiles = self.num_stages * 2 * self.tile_kv * row_bytes
-        logits = 4 * self.tile_q * self.tile_kv if self.warps_kv > 1 else 0
+        queries = self.num_stages * self.tile_q * row_bytes
         row_addresses = 2 * 2 * self.tile_kv * 8
-        queries = self.tile_q * row_bytes
-        return kv_tiles + logits + row_addresses + queries
+        return kv_tiles + queries + row_addresses
+
+    def shared_bytes_per_sm(self, head_dim: int) -> int:
+        """All that its CTAs take of an SM's shared memory, at most."""
+        each = self.shared_bytes(head_dim) + _STATIC_SHARED_BYTES + _RESERVED_SHARED_BYTES
+        return self.ctas_per_sm * each
 
 
-def decode_config(arch: str, head_dim: int, rows: int, kv_bytes: int) -> DecodeConfig:
+def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
     """Choose the shape of the decode kernel. Any choice is right; this one is fast.
 
     Parameters
@@ -63,29 +69,25 @@ def decode_config(arch: str, head_dim: int, rows: int, kv_bytes: int) -> DecodeC
     head_dim : int
     rows : int
         Query rows (query tokens x group size) per KV head. Up to 16, all warps share them and split the keys;
-        with more, warps take 16 rows each.
-    kv_bytes : int
-        Keys and values to be read, at most.
+        with more, each warp takes rows of its own.
 
     Notes
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
-    head_dim 128, a 64-key tile is 32 KiB, and there is room for 3 CTAs x 2 stages (3 x 75 KiB) or 2 CTAs x 3
-    stages (2 x 107 KiB). The first wins on large problems (2 GB: 718 against 732 us), the second on small ones
-    (33 MB: 18.7 against 21.6 us), where CTAs still move in step and with 2 stages all of them wait at once.
+    head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
+    is the fastest (33 MB, 268 MB, 2.1 GB: 16, 92 and 691 us); the second loses 1 to 3% on the large ones, the
+    third 13 to 30% everywhere.
     """
     per_sm = shared_bytes_per_sm(arch)
-    narrow = per_sm <= 100 * _KiB and head_dim > 128  # two 64-key stages would not fit at all
     if rows <= 16:
-        warps_q, warps_kv, tile_kv = (1, 2, 32) if narrow else (1, 4, 64)
-        most_ctas = 2 if kv_bytes <= _SMALL_KV_BYTES else 3
-    elif head_dim <= 128:
-        warps_q, warps_kv, tile_kv, most_ctas = 4, 1, 64, 2
-    else:  # warps share the columns of a row, or registers would spill
-        warps_q, warps_kv, tile_kv, most_ctas = (2, 2, 32, 2) if narrow else (2, 4, 64, 1)
-    for num_ctas, num_stages in itertools.product(range(most_ctas, 0, -1), (4, 3, 2)):
-        config = DecodeConfig(warps_q, warps_kv, tile_kv, num_stages, num_ctas)
-        if num_ctas * (config.shared_bytes(head_dim) + _RESERVED_SHARED_BYTES) <= per_sm:
+        row_blocks = -(-rows // 8)
+        shapes = ((1, row_blocks, 4, 64), (1, row_blocks, 2, 32))
+    else:
+        row_blocks = 2 if head_dim <= 128 else 1  # of 16 rows x 256 columns, registers would spill
+        shapes = ((4, row_blocks, 1, 64), (2, row_blocks, 1, 32))
+    for shape, num_ctas, num_stages in itertools.product(shapes, (2, 1), (4, 3, 2)):
+        config = DecodeConfig(*shape, num_stages, num_ctas)
+        if config.shared_bytes_per_sm(head_dim) <= per_sm:
             return config
     raise ValueError(
         f"decode: head_dim = {head_dim} does not fit into {per_sm} bytes of shared memory ({arch})"
@@ -94,8 +96,7 @@ def decode_config(arch: str, head_dim: int, rows: int, kv_bytes: int) -> DecodeC
 
 def decode_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
     """All that `decode_config` can choose."""
-    cases = itertools.product((1, 17), (0, _SMALL_KV_BYTES + 1))
-    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows, kv_bytes) for rows, kv_bytes in cases))
+    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (8, 16, 17)))
 
 
 def shared_bytes_per_sm(arch: str) -> int:
@@ -120,6 +121,7 @@ def decode_template(dtype: str, head_dim: int, config: DecodeConfig) -> tuple[st
         CUDA_TYPES[dtype],
         head_dim,
         config.warps_q,
+        config.row_blocks,
         config.warps_kv,
         config.tile_kv,
         config.num_stages,
@@ -149,7 +151,16 @@ DECODE = register_kernel(
         name="decode",
         source="decode.cu",
         symbol="cupyattn::decode_kernel",
-        template=("T", "kHeadDim", "kWarpsQ", "kWarpsKV", "kTileKV", "kStages", "kCtasPerSM"),
+        template=(
+            "T",
+            "kHeadDim",
+            "kWarpsQ",
+            "kRowBlocks",
+            "kWarpsKV",
+            "kTileKV",
+            "kStages",
+            "kCtasPerSM",
+        ),
         args=_args(
             ptr="q k_pages v_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
             "partial_out partial_lse arrival_counters",

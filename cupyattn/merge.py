@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
-from cupyattn.plan import OverlapGuard, PlanCache
+from cupyattn.plan import Plan, PlanCache
 from cupyattn.runtime.registry import get_kernel
 
 _ROWS_PER_CTA = 4  # one warp each
@@ -83,7 +83,8 @@ def merge_states(
         raise TypeError(f"merge_states: into must be a pair (out, lse), got {type(into).__name__}")
     into_out, into_lse = (None, None) if into is None else into
     arrays = (out, lse, rest_out, rest_lse, into_out, into_lse)
-    return _plans.get(arrays, *settings).run(arrays)
+    state: tuple[Any, Any] = _plans.get(arrays, *settings).run(arrays)
+    return state
 
 
 def _as_states(name: str, a: Any) -> tuple[Any, ...]:
@@ -105,12 +106,17 @@ def _check_pair(out: Any, other_out: Any, lse: Any, other_lse: Any) -> None:
         checks.check_same_dtype(f"merge_states: {name}", b, f"{name}[0]", a)
 
 
-class _Plan:
-    """What one signature settles. `axis` is None where the states are separate arrays, one or two."""
+class _MergePlan(Plan):
+    """`axis` is None where the states are separate arrays, one or two."""
+
+    caller = "merge_states"
+    array_names = ("out", "lse", "out[1]", "lse[1]", "into[0]", "into[1]")
+    written = ("into[0]", "into[1]")
+    apart = (("into[1]", "into[0]"),)
 
     def __init__(self, arrays: tuple[Any, ...], num_states: int, axis: int | None) -> None:
+        super().__init__(arrays)
         out, lse, rest_out, rest_lse, into_out, into_lse = arrays
-        checks.check_same_framework("merge_states", dict(zip(_ARRAY_NAMES, arrays, strict=True)))
         checks.check_dtype("merge_states: out", out, tuple(kernels.CUDA_TYPES))
         checks.check_dtype("merge_states: lse", lse, "float32")
         if out.ndim < 1 or tuple(out.shape[:-1]) != tuple(lse.shape):
@@ -142,19 +148,11 @@ class _Plan:
             )
             checks.check_same_dtype("merge_states: into[0]", into_out, "out", out)
             checks.check_dtype("merge_states: into[1]", into_lse, "float32")
-        self.overlaps = OverlapGuard("merge_states", _ARRAY_NAMES, arrays, [("into[1]", "into[0]")])
-
-    def run(self, arrays: tuple[Any, ...]) -> tuple[Any, Any]:
-        raise NotImplementedError
 
 
-class _NumpyPlan(_Plan):
-    def run(self, arrays: tuple[Any, ...]) -> tuple[Any, Any]:
+class _NumpyPlan(_MergePlan):
+    def _run(self, arrays: tuple[Any, ...], place: tuple[int, ...]) -> tuple[Any, Any]:
         out, lse, rest_out, rest_lse, into_out, into_lse = arrays
-        for name, target in (("into[0]", into_out), ("into[1]", into_lse)):
-            if target is not None:
-                checks.check_writable(f"merge_states: {name}", target)
-        self.overlaps.check(arrays)
         if self.axis is None:
             out, lse = (
                 np.stack((out, rest_out)[: self.num_states]),
@@ -168,11 +166,12 @@ class _NumpyPlan(_Plan):
         return into_out, into_lse
 
 
-class _CupyPlan(_Plan):
+class _CupyPlan(_MergePlan):
+    device: int
+
     def __init__(self, arrays: tuple[Any, ...], num_states: int, axis: int | None) -> None:
         super().__init__(arrays, num_states, axis)
         out, *_, into_out, into_lse = arrays
-        self.device = checks.check_same_device("merge_states", dict(zip(_ARRAY_NAMES, arrays, strict=True)))
         # Rows are (outer, inner): the axes before the states' and those after it.
         split = 0 if self.axis is None else self.axis
         self.num_inner = math.prod(self.shape[split:])
@@ -211,13 +210,8 @@ class _CupyPlan(_Plan):
                     return False
         return True
 
-    def run(self, arrays: tuple[Any, ...]) -> tuple[Any, Any]:
-        import cupy
-
-        if self.device != cupy.cuda.runtime.getDevice():
-            with cupy.cuda.Device(self.device):
-                return self.run(arrays)
-        self.overlaps.check(arrays)
+    def _run(self, arrays: tuple[Any, ...], place: tuple[int, ...]) -> tuple[Any, Any]:
+        cupy = self.xp
         out, lse, rest_out, rest_lse, into_out, into_lse = (
             a if a is None or i >= 4 else cupy.ascontiguousarray(a) for i, a in enumerate(arrays)
         )
@@ -248,13 +242,4 @@ class _CupyPlan(_Plan):
         return into_out, into_lse
 
 
-_ARRAY_NAMES = ("out", "lse", "out[1]", "lse[1]", "into[0]", "into[1]")
-
-
-def _make_plan(arrays: tuple[Any, ...], num_states: int, axis: int | None) -> _Plan:
-    checks.check_is_array("merge_states: out", arrays[0])
-    plan = _NumpyPlan if checks.framework_of(arrays[0]) == "numpy" else _CupyPlan
-    return plan(arrays, num_states, axis)
-
-
-_plans = PlanCache(_make_plan)
+_plans: PlanCache[_MergePlan] = PlanCache(_NumpyPlan, _CupyPlan)

@@ -2,25 +2,81 @@
 
 A *signature* is all of a call that its checks and its launch configuration depend on, apart from values in
 device memory: types, shapes, strides, dtypes and devices of the arrays. Behind it stands the *plan* that was
-made when the signature was first seen.
+made when the signature was first seen. *Operands* of a call are arrays, None, and groups of them: tuples, or
+objects that know their own signature and addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+import itertools
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from cupyattn import checks
 
-Plan = TypeVar("Plan")
-
 _MAX_PLANS = 4096  # of changing shapes; a plan is about 1 KiB
+_MAX_PLACES = 4096  # addresses that calls came with, about 0.5 KiB each
+
+
+class ArrayGroup:
+    """Arrays that are passed as one. Immutable, so that its signature and addresses are found only once.
+
+    Parameters
+    ----------
+    arrays : dict of str to array or None
+        Become attributes, as settings do.
+    **settings
+        Hashable.
+    """
+
+    __slots__ = ("_addresses", "_arrays", "_settings", "_signature")
+
+    _arrays: tuple[Any, ...]
+    _settings: tuple[Any, ...]
+    _signature: int | None  # found when first needed, as the addresses are
+    _addresses: tuple[int, ...] | None
+
+    def __init__(self, arrays: dict[str, Any], **settings: Any) -> None:
+        for name, value in {**arrays, **settings}.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_arrays", tuple(arrays.values()))
+        object.__setattr__(self, "_settings", tuple(settings.values()))
+        object.__setattr__(self, "_signature", None)
+        object.__setattr__(self, "_addresses", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self).__name__
+        raise AttributeError(f"{kind} is immutable: cannot set {name} (its arrays may be written in place)")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable: cannot delete {name}")
+
+    def _find_signature(self) -> int:
+        number = _number((type(self), self._settings, *map(signature, self._arrays)))
+        object.__setattr__(self, "_signature", number)
+        return number
+
+    def _find_addresses(self) -> tuple[int, ...]:
+        found = addresses(self._arrays)
+        object.__setattr__(self, "_addresses", found)
+        return found
+
+
+_numbers: dict[Any, int] = {}
+_next_number = itertools.count(1)
+
+
+def _number(key: Any) -> int:
+    """Return a number for `key`, which hashes faster. No number is ever used twice, so old ones do no harm."""
+    if len(_numbers) >= _MAX_PLANS:
+        _numbers.clear()
+    return _numbers.setdefault(key, next(_next_number))
 
 
 def signature(a: Any) -> Any:
-    """Return what checks may know of an array, hashable; None for None.
+    """Return what checks may know of an operand, hashable; None for None.
 
     Raises
     ------
@@ -29,63 +85,149 @@ def signature(a: Any) -> Any:
     """
     if a is None:
         return None
+    if isinstance(a, ArrayGroup):
+        return a._signature or a._find_signature()
     if type(a) is np.ndarray:
         return (a.shape, a.strides, a.dtype)
+    if type(a) is tuple:
+        return tuple(map(signature, a))
     return (a.shape, a.strides, a.dtype, a.data.device_id)
 
 
-class PlanCache(Generic[Plan]):
-    """Plans by signature. Threads may make the same plan twice; the later one stays."""
+def flatten(operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arrays of all operands, those of groups one by one."""
+    found: list[Any] = []
+    for a in operands:
+        found += a._arrays if isinstance(a, ArrayGroup) else a if type(a) is tuple else (a,)
+    return tuple(found)
 
-    def __init__(self, make: Callable[..., Plan]) -> None:
-        self._make = make
-        self._plans: dict[Any, Plan] = {}
 
-    def get(self, arrays: tuple[Any, ...], *settings: Any) -> Plan:
-        """Return the plan for these arrays and (hashable) settings; `make` gets the same arguments."""
+def addresses(operands: Sequence[Any]) -> tuple[int, ...]:
+    """Return the address of each array of `flatten(operands)`, 0 for None."""
+    found: list[int] = []
+    for a in operands:
+        if a is None:
+            found.append(0)
+        elif isinstance(a, ArrayGroup):
+            found += a._addresses or a._find_addresses()
+        elif type(a) is tuple:
+            found += addresses(a)
+        else:
+            found.append(checks.data_pointer(a))
+    return tuple(found)
+
+
+class Plan:
+    """What one signature settles. An operation has a subclass for what its backends have in common.
+
+    Attributes
+    ----------
+    caller : str
+        The public function, for messages.
+    array_names : tuple of str
+        Of all arrays, in the order of `flatten(operands)`.
+    written : tuple of str
+        Those of them that the operation writes.
+    apart : tuple of (str, str)
+        Arrays that must not share memory, the first of each pair being written.
+    may_coincide : tuple of (str, str)
+        Pairs among them, of one shape and dtype, that may be the very same memory.
+    device : int or None
+        Of the arrays; None on NumPy.
+    xp : module
+        ``numpy`` or ``cupy``.
+    """
+
+    caller: ClassVar[str]
+    array_names: ClassVar[tuple[str, ...]]
+    written: ClassVar[tuple[str, ...]]
+    apart: ClassVar[tuple[tuple[str, str], ...]]
+    may_coincide: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+    def __init__(self, operands: Sequence[Any]) -> None:
+        arrays = flatten(operands)
+        named = dict(zip(self.array_names, arrays, strict=True))
+        checks.check_same_framework(self.caller, named)
+        self.device: int | None = None
+        self.xp: Any = np
+        if checks.framework_of(arrays[0]) != "numpy":
+            self.device = checks.check_same_device(self.caller, named)
+            import cupy
+
+            self.xp = cupy
+        index = {name: i for i, name in enumerate(self.array_names) if named[name] is not None}
+        self._written = [index[name] for name in self.written if name in index]
+        self._apart = []
+        for a, b in self.apart:
+            if a in index and b in index:
+                or_same = (a, b) in self.may_coincide and named[a].strides == named[b].strides
+                self._apart.append((index[a], index[b], or_same))
+        self._extents = {i: _extent(arrays[i]) for *pair, _ in self._apart for i in pair}
+
+    def run(self, operands: Sequence[Any], *settings: Any) -> Any:
+        """Do the operation with operands of this plan's signature, on their device."""
+        if self.device is None:
+            arrays = flatten(operands)
+            for i in self._written:
+                checks.check_writable(f"{self.caller}: {self.array_names[i]}", arrays[i])
+        elif self.device != self.xp.cuda.runtime.getDevice():
+            with self.xp.cuda.Device(self.device):
+                return self.run(operands, *settings)
+        place = addresses(operands)
+        if (self, place) not in _places:  # shapes and strides are the plan's, so addresses decide
+            self.check_addresses(flatten(operands), place)
+            if len(_places) >= _MAX_PLACES:
+                _places.clear()
+            _places.add((self, place))
+        return self._run(operands, place, *settings)
+
+    def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
+        """Raise ValueError if a written array shares memory with one that it must not share it with.
+
+        Byte ranges come first; only where they meet are the elements themselves looked at.
+        """
+        ranges = {i: (place[i] + low, place[i] + high) for i, (low, high) in self._extents.items()}
+        for i, j, or_same in self._apart:
+            meet = ranges[i][0] < ranges[j][1] and ranges[j][0] < ranges[i][1]
+            if meet and not (or_same and place[i] == place[j]):
+                name = f"{self.caller}: {self.array_names[i]}"
+                checks.check_overlap(name, arrays[i], self.array_names[j], arrays[j])
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+_places: set[tuple[Plan, tuple[int, ...]]] = set()  # that `check_addresses` has passed
+_Plan = TypeVar("_Plan", bound=Plan)
+
+
+class PlanCache(Generic[_Plan]):
+    """Plans of one operation by signature. Threads may make the same plan twice; the later one stays."""
+
+    def __init__(self, numpy_plan: type[_Plan], cupy_plan: type[_Plan]) -> None:
+        self._backends = numpy_plan, cupy_plan
+        self._plans: dict[Any, _Plan] = {}
+
+    def get(self, operands: Sequence[Any], *settings: Any) -> _Plan:
+        """Return the plan for these operands and (hashable) settings, which its class gets too."""
         try:
-            key = (settings, *map(signature, arrays))
+            key = (settings, *map(signature, operands))
             plan = self._plans.get(key)
         except (AttributeError, TypeError):  # something is no array: let the checks say what
-            return self._make(arrays, *settings)
+            return self._make(operands, *settings)
         if plan is None:
-            plan = self._make(arrays, *settings)
+            plan = self._make(operands, *settings)
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
         return plan
 
-
-class OverlapGuard:
-    """Pairs of arrays of one call that must not share memory, the first of each pair being written.
-
-    Shapes and strides are the plan's; addresses are compared at each call. Byte ranges come first, which costs
-    two comparisons; only where they meet are the elements themselves looked at.
-    """
-
-    def __init__(
-        self, caller: str, names: Sequence[str], arrays: Sequence[Any], pairs: Iterable[tuple[str, str]]
-    ) -> None:
-        self._caller = caller
-        self._names = names
-        index = {name: i for i, name in enumerate(names)}
-        both = ((index[written], index[other]) for written, other in pairs)
-        self._pairs = [(i, j) for i, j in both if arrays[i] is not None and arrays[j] is not None]
-        self._extents = {i: _extent(arrays[i]) for pair in self._pairs for i in pair}
-
-    def check(self, arrays: Sequence[Any]) -> None:
-        """Raise ValueError if a written array shares memory with one that it must not share it with."""
-        if not self._pairs:
-            return
-        ranges = {}
-        for i, (low, high) in self._extents.items():
-            address = checks.data_pointer(arrays[i])
-            ranges[i] = (address + low, address + high)
-        for i, j in self._pairs:
-            if ranges[i][0] < ranges[j][1] and ranges[j][0] < ranges[i][1]:
-                checks.check_overlap(
-                    f"{self._caller}: {self._names[i]}", arrays[i], self._names[j], arrays[j]
-                )
+    def _make(self, operands: Sequence[Any], *settings: Any) -> _Plan:
+        numpy_plan, cupy_plan = self._backends
+        first = operands[0]
+        checks.check_is_array(f"{numpy_plan.caller}: {numpy_plan.array_names[0]}", first)
+        backend = numpy_plan if checks.framework_of(first) == "numpy" else cupy_plan
+        return backend(operands, *settings)
 
 
 def _extent(a: Any) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 // One CTA per new token. The token's position follows from the lengths on the device, which count the new
 // tokens already: token i of request b's n_b stands at kv_lens[b] - n_b + i.
 
+#include "cupyattn/launch.cuh"
 #include "cupyattn/paged.cuh"
 #include "cupyattn/types.cuh"
 
@@ -77,8 +78,9 @@ __global__ void __launch_bounds__(kAppendThreads)
                   int batch_size, int num_kv_heads, int num_qo_heads, int head_dim,
                   int page_size, int table_row_stride, int rotary_dim, int rope_mode) {
   // clang-format on
+  launch_dependents();  // decode with pdl=True finds out what it will read meanwhile
   __shared__ float2 smem_cos_sin[kMaxPairs];
-  const PageTable pages{kv_indptr, kv_indices, kv_lens, table_row_stride, page_size};
+  const PageTable pages{kv_indptr, kv_indices, table_row_stride};
   const RopeMode mode = static_cast<RopeMode>(rope_mode);
 
   const int token = blockIdx.x;

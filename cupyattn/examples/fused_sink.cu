@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(32)
   const int head = blockIdx.x % num_qo_heads;
   const i64 row = static_cast<i64>(blockIdx.x) * kHeadDim + lane;
 
-  const PageTable table{kv_indptr, kv_indices, kv_lens, table_row_stride, page_size};
+  const PageTable table{kv_indptr, kv_indices, table_row_stride};
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const int* pages = table.pages_of(request);

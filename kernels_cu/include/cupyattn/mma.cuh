@@ -38,11 +38,24 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 smem_address) {
                : "r"(smem_address)
                : "memory");
 }
+__device__ __forceinline__ void ldmatrix_x2(u32 (&r)[2], u32 smem_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(smem_address)
+               : "memory");
+}
 __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], u32 smem_address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(smem_address)
                : "memory");
+}
+
+// Transposes an 8x8 matrix of 16-bit elements across the warp: two packed C columns become a B operand.
+__device__ __forceinline__ u32 movmatrix_trans(u32 x) {
+  u32 y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 }  // namespace cupyattn

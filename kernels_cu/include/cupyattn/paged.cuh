@@ -10,9 +10,7 @@ namespace cupyattn {
 struct PageTable {
   const int* kv_indptr;   // [batch_size + 1] or null
   const int* kv_indices;  // page ids
-  const int* kv_lens;     // [batch_size] tokens
   int row_stride;         // of the dense form, entries
-  int page_size;          // tokens
 
   // The request's own page ids. 64-bit: a dense table may hold more than 2^31 entries.
   __device__ __forceinline__ const int* pages_of(int request) const {

@@ -1,31 +1,31 @@
-// How the work of one decode step is dealt out: contiguous runs of KV tiles, equal for every CTA.
+// How the work of one decode step is dealt out: one contiguous run of KV tiles a CTA, all of equal length.
 //
 // A *group* is what shares one read of the keys: (request, KV head, tile of query rows). Its keys are cut
 // into tiles of kTileKV tokens. All tiles of all groups, in that order, form one line of units, which is cut
-// into equal runs, one a CTA. So one long request beside many short ones costs the same per byte as equal
-// ones, and nothing but lengths on the device is needed to know who does what.
+// into equal runs. So one long request beside many short ones costs the same per byte as equal ones, and
+// nothing but lengths on the device is needed to know who does what.
 //
 //     group 0        group 1  group 2
 //     [t t t t t t t][t t t t][t t t t t t t]      7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 4 + 4
 //      CTA 0    | CTA 1     | CTA 2  | CTA 3
 //
-// A group inside one CTA is finished there. A group over several CTAs leaves one partial state per CTA, which
-// are merged in a tree: of the CTAs that share a node, the last to arrive merges their partials, in CTA
-// order, so that results do not depend on who was last. A CTA has at most two partial states: one of the
-// group that it enters halfway (slot 0), one of the group that it leaves halfway (slot 1); the first
-// partial's slot also names a node's arrival counter. The last arriver sets the counter back to 0.
+// A group inside one run is finished there. A group over several runs leaves one partial state a run, which
+// merge_tree.cuh merges. A run has at most two partial states: one of the group that it enters halfway
+// (slot 0), one of the group that it leaves halfway (slot 1).
 //
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
 #pragma once
 
 #include "cupyattn/divide.cuh"
+#include "cupyattn/paged.cuh"
 #include "cupyattn/types.cuh"
 
 namespace cupyattn {
 
 // What of a step decides the work: the same on every CTA.
 struct Problem {
+  PageTable pages;
   const int* qo_indptr;  // [batch_size + 1], or null: one query token a request
   const int* kv_lens;    // [batch_size]
   int batch_size;
@@ -61,30 +61,27 @@ struct Request {
 
 // The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`.
 struct Partition {
+  static constexpr int kMinUnits = 2;  // a CTA has at least: more partial states cost more than they gain
+
   int num_ctas;
   int quota;
   int num_longer;
-  float ctas_per_unit;
 
   __device__ __forceinline__ Partition() {}
   __device__ __forceinline__ Partition(int total, int max_ctas) {
-    // Two units a CTA at least: the second one's copy hides behind the first's, and there is half as much to
-    // merge.
-    num_ctas = min(max_ctas, ceil_div(total, 2));
+    // No more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4 rather than 232 of 4 and
+    // 32 of 3. There is less to merge, and runs of equal groups end where groups do.
+    const int most_units = max(ceil_div(total, max_ctas), kMinUnits);
+    num_ctas = ceil_div(total, most_units);
     quota = static_cast<u32>(total) / static_cast<u32>(max(num_ctas, 1));
     num_longer = total - quota * num_ctas;
-    ctas_per_unit = __fdividef(static_cast<float>(num_ctas), static_cast<float>(total));
   }
   __device__ __forceinline__ int begin(int cta) const { return cta * quota + min(cta, num_longer); }
-  // The CTA whose run holds `unit`: a guess that is at most one or two off, and steps from there. An integer
-  // division would cost more.
+  // The CTA whose run holds `unit`.
   __device__ __forceinline__ int cta_of(int unit) const {
-    int cta = min(static_cast<int>(unit * ctas_per_unit), num_ctas - 1);
-#pragma unroll 1
-    while (begin(cta) > unit) --cta;
-#pragma unroll 1
-    while (begin(cta + 1) <= unit) ++cta;
-    return cta;
+    const int in_longer = num_longer * (quota + 1);
+    return unit < in_longer ? static_cast<u32>(unit) / (quota + 1)
+                            : num_longer + static_cast<u32>(unit - in_longer) / quota;
   }
 };
 
@@ -92,6 +89,7 @@ struct Partition {
 template <int kTileKV, int kTileQ>
 struct Cursor {
   Request<kTileKV, kTileQ> request;
+  const int* pages;  // the request's own page ids
   int request_idx;
   int kv_head;
   int q_tile;
@@ -101,105 +99,91 @@ struct Cursor {
 
   __device__ __forceinline__ bool done() const { return unit >= unit_end; }
   __device__ __forceinline__ int token_begin() const { return request.kv_begin + tile * kTileKV; }
-  __device__ __forceinline__ bool last_of_segment() const {
+  __device__ __forceinline__ bool ends_segment() const {
     return tile + 1 == request.num_tiles() || unit + 1 == unit_end;
   }
 
-  // To the next tile; true where that starts another group.
-  __device__ __forceinline__ bool advance(const Problem& problem) {
+  __device__ __forceinline__ void enter(const Problem& problem, int b) {
+    request_idx = b;
+    request = Request<kTileKV, kTileQ>(problem, b);
+    pages = problem.pages.pages_of(b);
+  }
+
+  // To the next tile.
+  __device__ __forceinline__ void advance(const Problem& problem) {
     ++unit;
-    if (++tile < request.num_tiles()) return false;
+    if (++tile < request.num_tiles()) return;
     tile = 0;
-    if (++q_tile < request.num_q_tiles(problem)) return true;
+    if (++q_tile < request.num_q_tiles(problem)) return;
     q_tile = 0;
-    if (++kv_head < problem.num_kv_heads) return true;
+    if (++kv_head < problem.num_kv_heads) return;
     kv_head = 0;
-    if (unit < unit_end) {
-      do {  // requests without query tokens have no groups
-        request = Request<kTileKV, kTileQ>(problem, ++request_idx);
-      } while (request.qo_len == 0);
-    }
-    return true;
+    if (done()) return;
+    do {  // requests without query tokens have no groups
+      enter(problem, request_idx + 1);
+    } while (request.qo_len == 0);
   }
 };
 
-// Inclusive prefix sum over the block; `smem_warp_sums` holds one int per warp. All threads must call it.
-template <int kThreads>
-__device__ __forceinline__ int block_inclusive_sum(int value, int* smem_warp_sums, int& block_total) {
-  constexpr int kWarps = kThreads / 32;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-#pragma unroll
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, value, delta);
-    if (lane >= delta) value += other;
-  }
-  __syncthreads();  // the sums of an earlier call have been read
-  if (lane == 31) smem_warp_sums[warp] = value;
-  __syncthreads();
-  block_total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) value += smem_warp_sums[w];
-    block_total += smem_warp_sums[w];
-  }
-  return value;
-}
-
-// This CTA's place on the line. False where the line is too short to reach it.
+// This CTA's place on the line; all threads must call it. False where the line is too short to reach it.
+// Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
+// begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
+// requests there is one round trip to memory.
 template <int kThreads, int kTileKV, int kTileQ>
 __device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV, kTileQ>& cursor,
                                           Partition& partition) {
-  __shared__ int smem_warp_sums[kThreads / 32];
-  __shared__ int smem_start[2];  // request, its first unit
-
-  const auto units_of = [&](int b) {
-    return b < problem.batch_size ? Request<kTileKV, kTileQ>(problem, b).num_units(problem) : 0;
-  };
+  __shared__ int smem_warp_totals[kThreads / 32];
+  __shared__ Cursor<kTileKV, kTileQ> smem_cursor;
   const int tid = threadIdx.x;
-
-  // The length of the line. A batch of up to kThreads requests is one chunk, whose prefix sum serves below
-  // too.
-  const int first_units = units_of(tid);
-  int other_units = 0;
-#pragma unroll 1
-  for (int b = tid + kThreads; b < problem.batch_size; b += kThreads) other_units += units_of(b);
-  int first_total;
-  int other_total = 0;
-  const int first_end = block_inclusive_sum<kThreads>(first_units, smem_warp_sums, first_total);
-  if (problem.batch_size > kThreads) block_inclusive_sum<kThreads>(other_units, smem_warp_sums, other_total);
-
-  partition = Partition(first_total + other_total, gridDim.x);
   const int cta = blockIdx.x;
-  if (cta >= partition.num_ctas) return false;
+  const int stride = ceil_div(problem.batch_size, kThreads);
+  const int first_request = tid * stride;
+  const int end_request = min(first_request + stride, problem.batch_size);
+
+  int units = 0;
+  if (first_request < end_request) {
+    cursor.enter(problem, first_request);
+    units = cursor.request.num_units(problem);
+  }
+#pragma unroll 1
+  for (int b = first_request + 1; b < end_request; ++b) {
+    units += Request<kTileKV, kTileQ>(problem, b).num_units(problem);
+  }
+  int end = units;  // inclusive prefix sum, over the warp first
+#pragma unroll
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, end, delta);
+    if (tid % 32 >= delta) end += other;
+  }
+  if (tid % 32 == 31) smem_warp_totals[tid / 32] = end;
+  __syncthreads();
+  int total = 0;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < tid / 32) end += smem_warp_totals[w];
+    total += smem_warp_totals[w];
+  }
+  partition = Partition(total, gridDim.x);
   cursor.unit = partition.begin(cta);
   cursor.unit_end = partition.begin(cta + 1);
-
-  int units = first_units;
-  int unit_end = first_end;
-  int chunk_end = first_total;
+  if (cta < partition.num_ctas && end - units <= cursor.unit && cursor.unit < end) {
+    u32 unit_in_request = cursor.unit - (end - units);
 #pragma unroll 1
-  for (int b = tid;; b += kThreads) {
-    if (unit_end - units <= cursor.unit && cursor.unit < unit_end) {
-      smem_start[0] = b;
-      smem_start[1] = unit_end - units;
+    for (u32 skipped; unit_in_request >= (skipped = cursor.request.num_units(problem));) {
+      unit_in_request -= skipped;
+      cursor.enter(problem, cursor.request_idx + 1);
     }
-    if (cursor.unit < chunk_end) break;
-    int chunk_units;
-    units = units_of(b + kThreads);
-    unit_end = chunk_end + block_inclusive_sum<kThreads>(units, smem_warp_sums, chunk_units);
-    chunk_end += chunk_units;
+    const u32 num_tiles = cursor.request.num_tiles();
+    const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
+    const u32 group = unit_in_request / num_tiles;
+    cursor.tile = unit_in_request - group * num_tiles;
+    cursor.kv_head = num_q_tiles == 1 ? group : group / num_q_tiles;
+    cursor.q_tile = group - cursor.kv_head * num_q_tiles;
+    smem_cursor = cursor;
   }
   __syncthreads();
-  cursor.request_idx = smem_start[0];
-  cursor.request = Request<kTileKV, kTileQ>(problem, cursor.request_idx);
-  const u32 unit_in_request = cursor.unit - smem_start[1];
-  const u32 num_tiles = cursor.request.num_tiles();
-  const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
-  const u32 group = unit_in_request / num_tiles;
-  cursor.tile = unit_in_request - group * num_tiles;
-  cursor.kv_head = group / num_q_tiles;
-  cursor.q_tile = group - cursor.kv_head * num_q_tiles;
+  if (cta >= partition.num_ctas) return false;
+  cursor = smem_cursor;
   return true;
 }
 

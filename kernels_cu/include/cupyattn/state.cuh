@@ -22,6 +22,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// rcp.approx: 1 ulp; 0 for infinity.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct SoftmaxState {
   float max = neg_infinity();
   float sum = 0.0f;
@@ -43,7 +50,7 @@ struct SoftmaxState {
   __device__ __forceinline__ float weight(float logit) const { return exp2_approx(logit - offset()); }
 
   // 1 / sum, or 0 for the empty state, so that an empty row gives out = 0.
-  __device__ __forceinline__ float inverse_sum() const { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+  __device__ __forceinline__ float inverse_sum() const { return sum > 0.0f ? reciprocal_approx(sum) : 0.0f; }
 
   __device__ __forceinline__ float lse_log2() const {
     return sum > 0.0f ? max + log2_approx(sum) : neg_infinity();
