@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import configs, record, report, rows, timing
+from bench import configs, record, report, rows, rules, timing
 from bench.configs import AppendConfig, DecodeConfig, MergeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +43,8 @@ def test_grid_keys_are_unique_and_stable() -> None:
     assert set(keys) >= configs.QUICK_KEYS
     assert configs.equal(8, 1024, 32, 8).key == "b8 ctx1024 32q/8kv d128 p16"
     assert configs.equal(1, 64, 4, 1, 256, 1, "HND", "float16").key == "b1 ctx64 4q/1kv d256 p1 HND fp16"
-    assert set(report.earlier_peers("h100")) == {config.key for config in configs.PEER_ROWS}
+    assert set(rules.earlier_peers("h100")) <= set(keys)
+    assert configs.HOST_KEY in keys
 
 
 def test_bytes_count_every_needed_byte_once() -> None:
@@ -62,6 +65,82 @@ def test_every_promise_has_rows() -> None:
     assert latency == {1, 8}
     assert configs.is_large(configs.equal(64, 1024, 32, 8))  # exactly 256 MiB
     assert not configs.is_large(configs.equal(64, 1023, 32, 8))
+
+
+def test_grid_spans_what_the_rules_speak_of() -> None:
+    grid = [config for config in configs.DECODE_GRID if config.equal_lens]
+    shapes = {(config.head_dim, config.group_size) for config in grid}
+    assert shapes >= {(head_dim, group) for head_dim in (64, 128, 256) for group in (1, 4, 7, 8, 16)}
+    assert {config.page_size for config in grid} == {1, 16, 64}
+    assert {config.layout for config in grid} == {"NHD", "HND"}
+    assert {min(c.batch for c in grid), max(c.batch for c in grid)} == {1, 256}
+    assert {min(c.lens[0] for c in grid), max(c.lens[0] for c in grid)} >= {256, 131072}
+    spoken_of = synthetic_record([{**synthetic_row(config), "host_us": 1.0} for config in grid])
+    ragged = [synthetic_row(config) for config in configs.DECODE_GRID if not config.equal_lens]
+    spoken_of["rows"] += ragged
+    num_rows = {one["rule"]: one["num_rows"] for one in rules.verdicts(spoken_of)["rules"]}
+    assert num_rows["must"] == num_rows["goal"] == len(configs.DECODE_GRID)
+    assert num_rows["p1/p64"] >= 2
+    assert num_rows["HND/NHD"] >= 2
+    assert num_rows["ragged"] >= 4
+    assert num_rows["paged"] == len(rules.earlier_peers("h100"))
+
+
+def test_xformers_grid_is_theirs() -> None:
+    grid = configs.GROUPS["xformers"]
+    shapes = {(c.batch, c.lens[0], c.num_kv_heads) for c in grid if isinstance(c, DecodeConfig)}
+    assert shapes == {(max(1, 2 ** (16 - i)), 2**i, kv) for i in range(8, 18) for kv in (1, 2)}
+
+
+def test_heads_group_compares_the_same_steps() -> None:
+    grid = [config for config in configs.GROUPS["heads"] if isinstance(config, DecodeConfig)]
+    steps = {kv: {config.lens for config in grid if config.num_kv_heads == kv} for kv in (32, 8, 1)}
+    assert steps[32] == steps[8] == steps[1]
+    assert sum(map(len, steps.values())) == len(grid)
+
+
+# --- traces ---
+
+
+@pytest.mark.parametrize(
+    ("trace", "start", "batch", "tokens", "first"),
+    [
+        (configs.AZURE, 100, 32, 42243, (1229, 1509, 1068)),
+        (configs.AZURE, 700, 128, 152323, (4117, 103, 1233)),
+        (configs.MOONCAKE, 100, 32, 418566, (3402, 9068, 1742)),
+        (configs.MOONCAKE, 700, 128, 1861369, (8433, 72794, 2158)),
+    ],
+)
+def test_running_batches_are_those_of_the_peers(
+    trace: str, start: int, batch: int, tokens: int, first: tuple[int, ...]
+) -> None:
+    lens = configs.running_lens(trace, start, batch)
+    assert (len(lens), sum(lens)) == (batch, tokens)
+    assert lens[:3] == first
+
+
+def test_trace_keys_are_those_of_the_peers() -> None:
+    keys = {config.key for config in configs.GROUPS["trace"]}
+    peers = {key for key in rules.earlier_peers("h100") if key.startswith("azure")}
+    assert peers == {
+        f"azure_llm_conv_202@{moment} {heads} sum{tokens}k uniq{tokens}k"
+        for moment, tokens in (("100 b32", 42), ("700 b128", 152))
+        for heads in ("32q/8kv", "8q/1kv")
+    }
+    assert peers < keys
+    assert "mooncake_conversat@100 b32 28q/4kv sum418k unshared" in keys  # the cascade's keys say uniq402k
+    assert len(keys) == 12
+
+
+def test_trace_samples_hold_the_rows_that_are_used() -> None:
+    used = [*range(100, 132), *range(700, 828)]
+    for path in sorted(configs.TRACES.glob("*.csv")):
+        with path.open(newline="") as file:
+            assert [int(row["row"]) for row in csv.DictReader(file)] == used
+        assert path.name in (configs.TRACES / "README.md").read_text()
+    assert "CC-BY-4.0" in (configs.TRACES / "README.md").read_text()
+    with pytest.raises(KeyError):
+        configs.running_lens(configs.AZURE, 132, 1)
 
 
 def test_lognormal_lens_are_the_same_everywhere() -> None:
@@ -92,6 +171,11 @@ def test_rows_check_what_ran(config: configs.Config) -> None:
     problem.poison()
     with pytest.raises(AssertionError):
         problem.check()
+    for launches in problem.variants.values():
+        for launch in launches:
+            launch()
+        assert problem.check()["rel_err"] < 5e-3
+        problem.poison()
     for launch in problem.launches[:-1]:  # one launch has not run
         launch()
     with pytest.raises(AssertionError):
@@ -110,7 +194,8 @@ def test_check_sees_one_wrong_head() -> None:
 def test_dense_inputs_are_the_same_memory() -> None:
     _, inputs = small_problem(configs.equal(2, 40, 8, 2))
     assert inputs is not None
-    dense = inputs.as_dense()
+    assert inputs.as_dense("NHD").k_bits.shape == (2, 2, 40, 2, 128)
+    dense = inputs.as_dense("HND")
     assert dense.k_bits.shape == (2, 2, 2, 40, 128)
     assert np.shares_memory(dense.k_bits, inputs.k_bits)
 
@@ -190,6 +275,45 @@ def test_measure_checks_the_graph_before_it_is_timed(monkeypatch: pytest.MonkeyP
     assert figures["gbs"] == pytest.approx(1e6 / (1000 / 18) * 1e-3, abs=0.1)
     assert figures["num_sets"] == 3
     assert figures["rel_err"] == 1e-3
+    only_cold = timing.measure(fake_problem(calls, check), FakeRunner(), only_cold=True)
+    assert "cold_us" in only_cold
+    assert not {"warm_us", "eager_us"} & set(only_cold)
+
+
+def test_measure_checks_variants_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cupy", FakeCuda())
+    calls: list[Any] = []
+    seen: list[list[Any]] = []
+
+    def check() -> dict[str, float]:
+        seen.append(calls[calls.index("poison") + 1 :])
+        calls.clear()
+        if len(seen) > 2:
+            raise AssertionError("wrong")
+        return {"rel_err": len(seen) * 1e-3}
+
+    problem = fake_problem(calls, check)
+    problem.variants = {"pdl_us": [partial(calls.append, f"pdl {i}") for i in range(3)]}
+    figures = timing.measure(problem, FakeRunner())
+    assert seen == [[0, 1, 2] * 6, ["pdl 0", "pdl 1", "pdl 2"] * 6]
+    assert figures["pdl_us"] == figures["cold_us"]
+    assert figures["rel_err"] == 1e-3  # of the plain launches
+    with pytest.raises(AssertionError, match="wrong"):
+        timing.measure(problem, FakeRunner())
+
+
+def test_host_time_does_not_wait_for_the_device() -> None:
+    events: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            events.append("wait")
+
+    def launch() -> None:
+        events.append("launch")
+
+    assert timing.eager_us([launch], Stream(), calls=3, loops=2, wait=False) >= 0
+    assert events == ["wait", *["launch"] * 3] * 2 + ["wait"]
 
 
 def test_measure_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +397,7 @@ def test_junit_counts_and_sums(tmp_path: Path) -> None:
 
 
 def synthetic_row(config: configs.Config, of_roof: float = 0.9, sdpa: float | None = None) -> dict[str, Any]:
+    """As a run writes it, at a roof of 3000 GB/s; `sdpa` is our time over torch's."""
     cold_us = config.num_bytes / (3000 * of_roof) * 1e-3
     row: dict[str, Any] = {
         "key": config.key,
@@ -292,46 +417,135 @@ def synthetic_row(config: configs.Config, of_roof: float = 0.9, sdpa: float | No
     return row
 
 
-def synthetic_record(found: list[dict[str, Any]]) -> dict[str, Any]:
+def timed_row(config: configs.Config, cold_us: float, **figures: Any) -> dict[str, Any]:
+    return {**synthetic_row(config, of_roof=config.num_bytes / 3e6 / cold_us), **figures}
+
+
+def synthetic_record(found: list[dict[str, Any]], device: str = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
     return {
         "kind": "decode bench",
-        "device": "NVIDIA H100 80GB HBM3",
+        "device": device,
         "driver": "580.1",
         "date": "2026-11-22",
         "source_sha256": "0" * 64,
         "read_roof_gbs": 3000.0,
         "matmul_tflops": 800.0,
         "peers": {"torch-sdpa": "2.11"},
-        "verdicts": record.verdicts(found),
         "rows": found,
     }
 
 
-def verdict(found: list[dict[str, Any]], beginning: str) -> dict[str, Any]:
-    (one,) = [v for v in record.verdicts(found) if v["rule"].startswith(beginning)]
+def verdict(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    both = rules.verdicts(synthetic_record(found))
+    (one,) = [v for v in both["rules"] + both["foundation"] if v["rule"] == name]
     return one
 
 
-def test_verdicts_name_the_worst_row() -> None:
+def test_foundation_verdicts_name_the_worst_row() -> None:
     good, bad = configs.equal(64, 1024, 32, 8), configs.equal(64, 8192, 32, 8)
-    assert verdict([synthetic_row(good)], ">= 256 MiB, group 4")["ok"] is True
-    both = verdict([synthetic_row(good), synthetic_row(bad, of_roof=0.8)], ">= 256 MiB, group 4")
+    assert verdict([synthetic_row(good)], "large, group 4")["ok"] is True
+    both = verdict([synthetic_row(good), synthetic_row(bad, of_roof=0.8)], "large, group 4")
     assert (both["ok"], both["worst"], both["row"], both["num_rows"]) == (False, 0.8, bad.key, 2)
-    assert verdict([synthetic_row(good)], ">= 256 MiB, group 8")["ok"] is None
+    assert both["num_met"] == 1
+    assert verdict([synthetic_row(good)], "large, group 8")["ok"] is None
     small = configs.equal(8, 1024, 32, 8)
     assert verdict([synthetic_row(small)], "batch 8")["ok"] is True  # 33.7 MB at 2.7 TB/s: 12.5 us
     assert verdict([synthetic_row(small, of_roof=0.5)], "batch 8")["ok"] is False
-    assert verdict([synthetic_row(small, sdpa=1.9)], "time over torch")["ok"] is True
-    assert verdict([synthetic_row(small, sdpa=2.1)], "time over torch")["ok"] is False
-    failed = verdict([synthetic_row(small), {"key": good.key, "error": "wrong"}], "rows that failed")
+    assert verdict([synthetic_row(small, sdpa=1.9)], "2 x SDPA")["ok"] is True
+    assert verdict([synthetic_row(small, sdpa=2.1)], "2 x SDPA")["ok"] is False
+    failed = verdict([synthetic_row(small), {"key": good.key, "error": "wrong"}], "checks")
     assert (failed["ok"], failed["row"]) == (False, good.key)
+
+
+def test_must_and_goal_are_judged_by_plain_time() -> None:
+    config = configs.equal(8, 1024, 32, 8)
+    floor_us = config.num_bytes / 3e6
+    must, goal = 1.06 * floor_us + 5, 1.03 * floor_us + 3.5
+    for cold_us, names in (
+        (goal, []),
+        (goal + 0.01, ["goal"]),
+        (must, ["goal"]),
+        (must + 0.01, ["must", "goal"]),
+    ):
+        row = timed_row(config, cold_us * (1 - 1e-12))
+        missed = [name for name in ("must", "goal") if verdict([row], name)["ok"] is False]
+        assert missed == names
+    slow = timed_row(config, must + 1, pdl_us=goal - 1)
+    one = verdict([slow, timed_row(configs.equal(64, 8192, 8, 1), 90.0, pdl_us=95.0)], "must")
+    assert (one["ok"], one["num_met"], one["num_met_pdl"], one["num_rows"]) == (False, 1, 2, 2)
+    assert one["row"] == config.key
+    assert one["worst"] == pytest.approx((must + 1) / must, abs=1e-3)
+    assert "num_met_pdl" not in verdict([timed_row(config, must)], "must")  # a record without PDL times
+
+
+def test_fastest_peer_of_all_and_sdpa_of_this_run() -> None:
+    config = configs.equal(8, 1024, 32, 8)  # earlier: xqa 18.8, torch-sdpa 18.2 and slower ones
+    earlier = rules.earlier_peers("h100")[config.key]
+    best = min(earlier.values())
+    assert verdict([timed_row(config, best)], "peer")["ok"] is True
+    assert verdict([timed_row(config, best + 0.1)], "peer")["ok"] is False
+    assert verdict([timed_row(config, best)], "SDPA")["num_rows"] == 0  # an earlier SDPA is not of this run
+    row = timed_row(
+        config, best, peers={"torch-sdpa": {"cold_us": best - 1}, "flashinfer": {"skipped": "no"}}
+    )
+    assert verdict([row], "SDPA")["ok"] is verdict([row], "peer")["ok"] is False
+
+
+def test_paged_peers_are_judged_by_the_geometric_mean() -> None:
+    chosen = configs.equal(8, 1024, 32, 8), configs.equal(64, 8192, 8, 1)
+    best = [
+        min(us for name, us in rules.earlier_peers("h100")[c.key].items() if name != "torch-sdpa")
+        for c in chosen
+    ]
+
+    def faster(first: float, second: float) -> dict[str, Any]:
+        found = [timed_row(c, us / by) for c, us, by in zip(chosen, best, (first, second), strict=True)]
+        assert not rules.judged(rules.cases(synthetic_record(found))[0])["paged"][1]  # None: no row is judged
+        return verdict(found, "paged")
+
+    assert faster(1.5, 1.0)["mean"] == pytest.approx(math.sqrt(1.5), abs=1e-3)
+    assert (faster(1.5, 1.0)["ok"], faster(1.5, 1.0)["row"]) == (True, chosen[1].key)
+    assert faster(1.5, 0.9)["ok"] is False
+
+
+def test_twins_and_ragged_rows() -> None:
+    page_1, page_64 = (configs.equal(8, 1024, 32, 8, page_size=size) for size in (1, 64))
+    hnd, nhd = configs.equal(8, 1024, 32, 8, layout="HND"), configs.equal(8, 1024, 32, 8)
+    assert verdict([timed_row(page_1, 10.3), timed_row(page_64, 10.0)], "p1/p64")["ok"] is True
+    assert verdict([timed_row(page_1, 10.4), timed_row(page_64, 10.0)], "p1/p64")["row"] == page_1.key
+    assert verdict([timed_row(page_1, 10.4), timed_row(page_64, 10.0)], "p1/p64")["ok"] is False
+    assert verdict([timed_row(page_1, 10.4)], "p1/p64")["ok"] is None  # its twin was not run
+    assert verdict([timed_row(page_1, 10.4), {"key": page_64.key, "error": "wrong"}], "p1/p64")["ok"] is None
+    assert verdict([timed_row(hnd, 9.0), timed_row(nhd, 10.0)], "HND/NHD")["ok"] is True
+    assert verdict([timed_row(hnd, 11.0), timed_row(nhd, 10.0)], "HND/NHD")["ok"] is False
+    ragged = {c.kv_bytes >= 256e6: c for c in configs.DECODE_GRID if c.lens_name.startswith("65536")}
+    assert (
+        verdict([synthetic_row(ragged[True], 0.93), synthetic_row(ragged[False], 0.1)], "ragged")["num_rows"]
+        == 1
+    )
+    assert verdict([synthetic_row(ragged[True], 0.93)], "ragged")["ok"] is True
+    assert verdict([synthetic_row(ragged[True], 0.91)], "ragged")["ok"] is False
+    assert verdict([synthetic_row(configs.equal(64, 8192, 32, 8), 0.5)], "ragged")["ok"] is None
+
+
+def test_host_time_has_a_limit() -> None:
+    config = configs.equal(1, 1024, 8, 1)
+    assert verdict([timed_row(config, 5.0)], "host")["ok"] is None
+    assert verdict([timed_row(config, 5.0, host_us=11.9)], "host")["ok"] is True
+    assert verdict([timed_row(config, 5.0, host_us=12.1)], "host")["ok"] is False
+
+
+def test_other_devices_have_no_earlier_peers() -> None:
+    found = synthetic_record([synthetic_row(configs.equal(8, 1024, 32, 8))], device="NVIDIA A100-SXM4-80GB")
+    (one,) = [v for v in rules.verdicts(found)["rules"] if v["rule"] == "peer"]
+    assert one["ok"] is None
 
 
 def test_bench_record_survives_a_failing_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[configs.Config] = [
         configs.equal(8, 1024, 32, 8),
         configs.equal(64, 1024, 32, 8),
-        configs.MERGE_GRID[0],
+        configs.GROUPS["merge"][0],
     ]
 
     class FakeBench:
@@ -355,7 +569,9 @@ def test_bench_record_survives_a_failing_row(tmp_path: Path, monkeypatch: pytest
     assert written["rows"][1]["error"] == "AssertionError: out is wrong"
     assert written["source_sha256"] == record.source_sha256()
     assert written["seed"] == 3
-    assert len(path.read_text().splitlines()) < 120  # a row to a line
+    assert written["rows"][0]["missed"] == []
+    assert [one["rule"] for one in written["rules"]] == [rule.name for rule in rules.RULES]
+    assert len([line for line in path.read_text().splitlines() if '"key"' in line]) == 3  # a row to a line
 
 
 def test_record_without_a_gpu_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,11 +589,12 @@ def test_runs_as_a_file() -> None:
 # --- the report ---
 
 
-def test_report_writes_table_and_plots(tmp_path: Path) -> None:
+def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     gemma = configs.equal(8, 8192, 16, 8, head_dim=256)
-    chosen: list[configs.Config] = [configs.equal(8, 1024, 32, 8), gemma, configs.APPEND_GRID[0]]
+    chosen: list[configs.Config] = [configs.equal(8, 1024, 32, 8), gemma, configs.GROUPS["append"][0]]
     found = [synthetic_row(config, sdpa=1.5) for config in chosen]
+    found[0]["pdl_us"] = 11.0
     found.append({"key": "b1 broken", "error": "out is wrong"})
     path = tmp_path / "decode_h100.json"
     record.write(synthetic_record(found), path)
@@ -385,18 +602,37 @@ def test_report_writes_table_and_plots(tmp_path: Path) -> None:
     assert [file.suffix for file in written] == [".md", ".png", ".svg"]
     assert written[1].read_bytes().startswith(b"\x89PNG")
     assert "<svg" in written[2].read_text()
-    table = written[0].read_text()
+    text = written[0].read_text()
     assert (
-        "| b8 ctx1024 32q/8kv d128 p16 | 33.7 | 12.5 | 12.5 | 22.5 | 2700 | 90% | 1.11x | 8.3 | 18.8 xqa * |"
-        in table
+        "| b8 ctx1024 32q/8kv d128 p16 | 33.7 | 11.2 | 12.5 | 11.0 | 12.5 | 22.5 | 2700 | 90% | 8.3 | 18.8 xqa * "
+        "| 0.738 | 0.828 | **1.500** | **1.500** | 1.507 |" in text
     )
-    assert "b1 broken | failed: out is wrong" in table
-    assert "measured earlier" in table
-    widths = {line.count("|") for line in table.split("\n\n")[1].splitlines()}
-    assert widths == {11}
+    assert "| b1 broken | failed: out is wrong |" in text
+    assert "measured earlier" in text
+    assert "| must | time / (1.06 floor + 5 us) | 1.0 | 1 of 2 (1 with PDL) | 1.021 | " in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 6  # rules, decode, append, others, KV heads, foundation
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     before = written[2].read_bytes()
     report.report(path, tmp_path / "plots")
     assert written[2].read_bytes() == before
+
+
+def test_report_of_a_record_without_newer_figures() -> None:
+    row = synthetic_row(configs.equal(8, 1024, 32, 8))
+    text = report.markdown(synthetic_record([row]))
+    assert "PDL us" not in text
+    assert "| host | host us of a call | 12.0 | 0 of 0 |  |  | no row |" in text
+
+
+def test_heads_table_is_tokens_and_memory() -> None:
+    chosen = [configs.equal(8, 1024, 32, kv) for kv in (32, 8, 1)]
+    rows = [timed_row(config, us) for config, us in zip(chosen, (50.0, 20.0, 10.0), strict=True)]
+    table = report.heads_table(synthetic_record(rows))
+    titles = [f"MiB, {kv} KV heads ({kib} KiB a token)" for kv, kib in ((32, "16"), (8, "4"), (1, "0.5"))]
+    assert all(title in table[6] for title in titles)
+    assert table[8] == "| 8 x 1024 | 160,000 | 400,000 | 800,000 | 128 | 32 | 4 |"
+    assert report.heads_table(synthetic_record([])) == []
 
 
 def test_sanitizer_findings_are_counted_by_kernel() -> None:

@@ -393,6 +393,72 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace, mode):
     replay_often(xp, changing, stream, replay, size(xp, 200 if mode == "Relaxed" else 20, 8))
 
 
+@pytest.mark.parametrize("kind", ["csr", "ragged"])
+def test_ten_thousand_replays(xp, pools, kind, record_property):
+    """Of two launches each, the second of which starts while the first is finishing (`pdl`)."""
+    changing = Changing(xp, pools(xp, "bfloat16"), **GRAPHS[kind])
+    p, times = changing.problem, size(xp, 5000, 20)
+    names = [
+        name
+        for name in ("q", "kv_indptr", "kv_indices", "kv_lens", "qo_indptr")
+        if getattr(p, name) is not None
+    ]
+    states = []
+    for _ in range(size(xp, 50, 5)):
+        changing.change()
+        states.append(([getattr(p, name).copy() for name in names], attend(p)))
+    other_out, other_lse = xp.empty_like(changing.out), xp.empty_like(changing.lse)
+
+    def launch_twice():
+        changing.call()
+        p.call(cupyattn.decode, out=other_out, lse=other_lse, pdl=True)
+
+    launch_twice()  # loads the kernel, on another stream
+    stream = new_stream(xp)
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+    replay = capture(xp, stream, launch_twice)
+    with stream:
+        counts = xp.zeros(times, np.int64)
+        for i, pick in enumerate(np.random.default_rng(0).integers(len(states), size=times)):
+            values, expected = states[pick]
+            for name, value in zip(names, values, strict=True):
+                getattr(p, name)[...] = value
+            for a in (changing.out, changing.lse, other_out, other_lse):
+                poison(a)
+            replay()
+            counts[i] = misses(changing.out, changing.lse, expected, p.dtype, xp)
+            counts[i] += (changing.out.view(np.uint16) != other_out.view(np.uint16)).sum()
+            counts[i] += (changing.lse != other_lse).sum()
+    stream.synchronize()
+    wrong = np.flatnonzero(to_host(counts))
+    assert not len(wrong), f"{len(wrong)} of {times} replays are wrong, the first is {wrong[0]}"
+    record_property("replays", times)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dependent_launches_wait_for_what_they_read(xp, head_dim):
+    """append writes the keys and queries that decode reads; decodes share a workspace."""
+    problem = build_problem(
+        size(xp, [9000, 1, 300, 4000], [300, 1, 30, 100]), head_dim=head_dim, poison=False, xp=xp
+    )
+    rng = xp.random.default_rng(1)
+    new = [
+        (rng.standard_normal((3, 4, 2, head_dim), dtype=np.float32) * scale).astype(problem.q.dtype)
+        for scale in (3.0, 1.0)
+    ]
+    wanted = []
+    for pdl in (False, True):
+        results = []
+        for k, v in zip(*new, strict=True):
+            q = cupyattn.append(k, v, problem.cache, problem.pages, rope=cupyattn.Rope(), q=problem.q)
+            for _ in range(3):
+                results.append(cupyattn.decode(q, problem.cache, problem.pages, pdl=pdl))  # noqa: PERF401
+        wanted.append([to_host(out).tobytes() for out in results])
+    assert wanted[0] == wanted[1]
+    assert len(set(wanted[0])) == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("own_workspace", [False, True])
 @pytest.mark.parametrize("kind", ["csr", "ragged"])
