@@ -2,15 +2,23 @@
 
 A key says everything about a row: batch, KV length (or the name of a ragged mix), query/KV heads, head_dim
 and page size, then layout and dtype where they are not NHD and bfloat16. Peers' figures have the same keys.
+
+`GROUPS` names what is measured together; a row may stand in several. `GRID` is all of them, each row once.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import NormalDist
 
+AZURE, MOONCAKE = "azure_llm_conv_2023", "mooncake_conversation"
+TRACES = Path(__file__).resolve().parent / "traces"
+MB = 10**6
 MIB = 1 << 20
 ITEMSIZE = 2  # bfloat16 and float16
 _SUFFIX = {"bfloat16": "", "float16": " fp16"}
@@ -20,7 +28,8 @@ _SUFFIX = {"bfloat16": "", "float16": " fp16"}
 class DecodeConfig:
     """One decode step: a query token for each request over its paged cache.
 
-    `lens_name` replaces `ctxN` in the key of a ragged batch; an equal batch leaves it empty.
+    `lens_name` replaces `ctxN` in the key of a ragged batch; an equal batch leaves it empty. `name` replaces
+    the whole key, where peers' figures have one of another form (traces: head_dim 128, pages of 16).
     """
 
     lens: tuple[int, ...]
@@ -31,9 +40,12 @@ class DecodeConfig:
     layout: str = "NHD"
     dtype: str = "bfloat16"
     lens_name: str = ""
+    name: str = ""
 
     @property
     def key(self) -> str:
+        if self.name:
+            return self.name
         name = self.lens_name or f"ctx{self.lens[0]}"
         layout = "" if self.layout == "NHD" else f" {self.layout}"
         heads = f"{self.num_qo_heads}q/{self.num_kv_heads}kv"
@@ -50,6 +62,13 @@ class DecodeConfig:
     @property
     def equal_lens(self) -> bool:
         return len(set(self.lens)) == 1
+
+    @property
+    def page_shape(self) -> tuple[int, int, int]:
+        """One page of K (or V)."""
+        if self.layout == "NHD":
+            return self.page_size, self.num_kv_heads, self.head_dim
+        return self.num_kv_heads, self.page_size, self.head_dim
 
     @property
     def num_pages(self) -> int:
@@ -150,72 +169,160 @@ def lognormal_lens(batch: int, median: int, sigma: float = 1.0) -> tuple[int, ..
     return tuple(lens)
 
 
-def ragged(name: str, lens: tuple[int, ...], qo: int, kv: int) -> DecodeConfig:
-    return DecodeConfig(lens, qo, kv, lens_name=name)
+def ragged(name: str, lens: tuple[int, ...], qo: int, kv: int, head_dim: int = 128) -> DecodeConfig:
+    return DecodeConfig(lens, qo, kv, head_dim, lens_name=name)
 
 
-def _peer_rows() -> list[DecodeConfig]:
-    """Rows with earlier figures of peers: three group sizes, page size 1, and xformers' own decode grid."""
+@functools.cache
+def _requests(trace: str) -> dict[int, tuple[int, int]]:
+    """{row of the original trace: (input tokens, output tokens)}, for the rows that the sample holds."""
+    with (TRACES / f"{trace}.csv").open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return {int(row["row"]): (int(row["input_tokens"]), int(row["output_tokens"])) for row in rows}
+
+
+def running_lens(trace: str, start: int, batch: int) -> tuple[int, ...]:
+    """Lengths of `batch` consecutive requests that run together, each part-way through its output."""
+    progress = random.Random(0)
+    requests = (_requests(trace)[row] for row in range(start, start + batch))
+    return tuple(inputs + int(progress.random() * outputs) for inputs, outputs in requests)
+
+
+def running(trace: str, start: int, batch: int, qo: int, kv: int) -> DecodeConfig:
+    """A moment of a trace, every request with pages of its own: prefixes that requests share are not shared.
+
+    The Azure trace knows no prefixes: peers' keys say so with as many unique tokens as there are in all.
+    """
+    lens = running_lens(trace, start, batch)
+    tokens = f"{sum(lens) // 1000}k"
+    sharing = f"uniq{tokens}" if trace == AZURE else "unshared"
+    name = f"{trace[:18]}@{start} b{batch} {qo}q/{kv}kv sum{tokens} {sharing}"
+    return DecodeConfig(lens, qo, kv, name=name)
+
+
+def _earlier_rows() -> list[DecodeConfig]:
+    """Rows with earlier figures of peers: three group sizes, and page size 1."""
     mqa = [(1, 1024), (1, 131072), (8, 1024), (8, 8192), (64, 8192), (256, 2048)]
     wide = [(1, 1024), (1, 8192), (1, 131072), (8, 1024), (8, 8192), (64, 1024), (64, 8192), (256, 2048)]
     rows = [equal(b, n, 8, 1) for b, n in mqa]
     rows += [equal(b, n, 32, kv) for kv in (8, 32) for b, n in wide]
-    rows += [equal(64, 4096, 32, 8, page_size=1)]
-    rows += [equal(65536 // n, n, 16, 1) for n in (256 << i for i in range(9))]
-    return [*rows, equal(1, 131072, 16, 1)]
+    return [*rows, equal(64, 4096, 32, 8, page_size=1)]
 
 
-def _own_rows() -> list[DecodeConfig]:
-    one_long = (256,) * 7 + (65536,) + (256,) * 8
+def _shape_rows() -> list[DecodeConfig]:
+    """Batches and lengths in between, and every head_dim with every group size, small and large."""
     return [
-        # Page size and layout, at a large and a latency-bound size; the first one's page-1 twin is above.
-        equal(64, 4096, 32, 8),
-        equal(64, 4096, 32, 8, page_size=64),
-        equal(64, 4096, 32, 8, layout="HND"),
-        equal(8, 1024, 32, 8, page_size=1),
-        equal(8, 1024, 32, 8, page_size=64),
-        equal(8, 1024, 32, 8, layout="HND"),
-        # Other head sizes; 4q/1kv d256 is Gemma 3 270M, 16q/8kv d256 is Gemma 3 12B.
+        equal(1, 512, 32, 8),
+        equal(16, 512, 8, 1),
+        equal(256, 512, 32, 8),
+        equal(4, 16384, 8, 1),
+        equal(2, 32768, 32, 8),
+        equal(32, 2048, 32, 8),
+        equal(128, 4096, 8, 1),
+        # 64q/8kv d64 is gpt-oss, 14q/2kv d64 is Qwen2 0.5B.
         equal(1, 1024, 32, 8, head_dim=64),
         equal(8, 8192, 32, 8, head_dim=64),
         equal(64, 4096, 32, 8, head_dim=64),
+        equal(64, 4096, 64, 8, head_dim=64),
+        equal(64, 2048, 14, 2, head_dim=64),
+        equal(8, 1024, 32, 32, head_dim=64),
+        equal(1, 131072, 16, 1, head_dim=64),
+        # 4q/1kv d256 is Gemma 3 270M, 16q/8kv d256 is Gemma 3 12B, 8q/1kv and 16q/16kv d256 are Gemma 2B and 7B.
         equal(1, 1024, 4, 1, head_dim=256),
         equal(8, 8192, 16, 8, head_dim=256),
         equal(64, 2048, 8, 4, head_dim=256),
-        # Group sizes that are no power of two, and the other dtype.
+        equal(8, 1024, 8, 1, head_dim=256),
+        equal(64, 1024, 16, 16, head_dim=256),
+        equal(8, 8192, 28, 4, head_dim=256),
+        equal(64, 4096, 16, 1, head_dim=256),
+        # Group sizes that are no power of two, group 16 with many KV heads, and the other dtype.
+        equal(1, 1024, 28, 4),
+        equal(8, 8192, 28, 4),
         equal(64, 4096, 28, 4),
         equal(64, 2048, 40, 8),
+        equal(8, 1024, 32, 2),
+        equal(64, 8192, 32, 2),
         equal(64, 4096, 32, 8, dtype="float16"),
-        # Ragged: one long request among short ones, and log-normal lengths.
+    ]
+
+
+def _twin_rows() -> list[DecodeConfig]:
+    """Page sizes and layouts, each with the row that it is compared with: see `rules`."""
+    large, small = equal(64, 4096, 32, 8), equal(8, 1024, 32, 8)
+    others = [
+        equal(64, 4096, 16, 1),
+        equal(64, 4096, 32, 8, head_dim=64),
+        equal(8, 8192, 16, 8, head_dim=256),
+    ]
+    rows = [replace(row, page_size=size) for row in (large, small, *others) for size in (1, 64)]
+    rows += [twin for row in (large, small) for twin in (row, replace(row, layout="HND"))]
+    return [*rows, *(replace(row, layout="HND") for row in others[1:])]
+
+
+def _ragged_rows() -> list[DecodeConfig]:
+    """One long request among short ones, and log-normal lengths."""
+    one_long = (256,) * 7 + (65536,) + (256,) * 8
+    return [
         ragged("65536+15x256", one_long, 8, 1),
         ragged("65536+15x256", one_long, 32, 8),
+        ragged("65536+15x256", one_long, 32, 32),
         ragged("lognormal2048", lognormal_lens(64, 2048), 32, 8),
+        ragged("lognormal2048", lognormal_lens(64, 2048), 28, 4),
+        ragged("lognormal2048", lognormal_lens(64, 2048), 32, 8, head_dim=64),
+        ragged("lognormal2048", lognormal_lens(64, 2048), 16, 8, head_dim=256),
         ragged("lognormal2048", lognormal_lens(256, 2048), 8, 1),
     ]
 
 
-PEER_ROWS: tuple[DecodeConfig, ...] = tuple(_peer_rows())
-DECODE_GRID: tuple[DecodeConfig, ...] = PEER_ROWS + tuple(_own_rows())
-MERGE_GRID = (MergeConfig(2, 64, 32), MergeConfig(8, 256, 32), MergeConfig(2, 128, 128, head_dim=512))
-APPEND_GRID = (AppendConfig(64, 1, 8), AppendConfig(64, 1, 8, rope=True), AppendConfig(64, 64, 8, rope=True))
+def _xformers_rows() -> list[DecodeConfig]:
+    """The grid of xformers' benchmark_attn_decoding.py: 16 query heads, 65536 tokens in all."""
+    lens = [256 << i for i in range(10)]
+    return [equal(max(1, 65536 // n), n, 16, kv) for kv in (1, 2) for n in lens]
+
+
+def _heads_rows() -> list[DecodeConfig]:
+    """LLaMA-7B's 32 query heads over 32 (MHA), 8 (GQA) and 1 (MQA) KV heads."""
+    return [equal(b, n, 32, kv) for b in (1, 8, 64) for n in (1024, 8192) for kv in (32, 8, 1)]
+
+
+def _trace_rows() -> list[DecodeConfig]:
+    """Two moments of two traces, in the shapes of Llama 3 8B, Llama 3 70B on 8 GPUs, and Qwen2 7B."""
+    moments = [(trace, *moment) for trace in (AZURE, MOONCAKE) for moment in ((100, 32), (700, 128))]
+    return [running(*moment, *heads) for moment in moments for heads in ((32, 8), (8, 1), (28, 4))]
+
 
 Config = DecodeConfig | MergeConfig | AppendConfig
-GRID: tuple[Config, ...] = DECODE_GRID + MERGE_GRID + APPEND_GRID
+GROUPS: dict[str, tuple[Config, ...]] = {
+    "decode": tuple(dict.fromkeys(_earlier_rows() + _shape_rows() + _twin_rows() + _ragged_rows())),
+    "xformers": tuple(_xformers_rows()),
+    "trace": tuple(_trace_rows()),
+    "heads": tuple(_heads_rows()),
+    "merge": (MergeConfig(2, 64, 32), MergeConfig(8, 256, 32), MergeConfig(2, 128, 128, head_dim=512)),
+    "append": (AppendConfig(64, 1, 8), AppendConfig(64, 1, 8, rope=True), AppendConfig(64, 64, 8, rope=True)),
+}
+GRID: tuple[Config, ...] = tuple(dict.fromkeys(config for group in GROUPS.values() for config in group))
+DECODE_GRID = tuple(config for config in GRID if isinstance(config, DecodeConfig))
 
 # A minute's look: one row for each rule that is judged, and one of every kind of input.
 QUICK_KEYS = frozenset({
+    "b1 ctx1024 8q/1kv d128 p16",
     "b1 ctx1024 32q/8kv d128 p16",
     "b8 ctx1024 32q/8kv d128 p16",
+    "b8 ctx1024 32q/8kv d128 p16 HND",
     "b64 ctx8192 8q/1kv d128 p16",
     "b64 ctx1024 32q/8kv d128 p16",
     "b64 ctx1024 32q/32kv d128 p16",
     "b64 ctx4096 32q/8kv d128 p1",
+    "b64 ctx4096 32q/8kv d128 p64",
     "b1 ctx131072 16q/1kv d128 p16",
     "b8 ctx8192 16q/8kv d256 p16",
     "b16 65536+15x256 32q/8kv d128 p16",
+    "azure_llm_conv_202@100 b32 8q/1kv sum42k uniq42k",
     "merge n8 b256 32h d128",
     "append b64 t1 8kv d128 p16 rope",
 })  # fmt: skip
+# The row whose host time is read: so small that a call's own work is all of it.
+HOST_KEY = "b1 ctx1024 8q/1kv d128 p16"
 
 
 def is_large(config: DecodeConfig) -> bool:

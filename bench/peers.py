@@ -3,6 +3,8 @@
 torch-sdpa      torch's scaled_dot_product_attention over dense, contiguous K and V: no paging, equal lengths
 flashinfer      BatchDecodeWithPagedKVCacheWrapper on CUDA cores; one plan, made outside the timed region
 flashinfer-tc   the same on tensor cores
+xformers        memory_efficient_attention_forward, the kernel its own choice, over dense K and V as in its own
+                benchmark_attn_decoding.py; equal lengths, and only where several query heads share a KV head
 
 Every peer reads the very memory that our row read, viewed as its own layout.
 """
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
     from bench.rows import DecodeInputs
 
 NAN = float("nan")
-_MODULES = {"torch-sdpa": "torch", "flashinfer": "flashinfer", "flashinfer-tc": "flashinfer"}
+_MODULES = {
+    "torch-sdpa": "torch",
+    "flashinfer": "flashinfer",
+    "flashinfer-tc": "flashinfer",
+    "xformers": "xformers",
+}
+_DENSE = ("torch-sdpa", "xformers")
 
 
 class UnsupportedError(Exception):
@@ -82,19 +90,22 @@ def _problem(name: str, inputs: DecodeInputs, launches: Sequence[Launch], outs: 
     return Problem(f"{name} {config.key}", config.num_bytes, config.flops, launches, poison, check)
 
 
+def _dense(inputs: DecodeInputs, layout: str) -> DecodeInputs:
+    if not inputs.config.equal_lens:
+        raise UnsupportedError("lengths differ")
+    return inputs.as_dense(layout)
+
+
 def _torch_sdpa(inputs: DecodeInputs) -> Problem:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     config = inputs.config
-    if not config.equal_lens:
-        raise UnsupportedError("lengths differ")
-    dense = inputs.as_dense()
+    dense = _dense(inputs, "HND")
     q, k, v = (_to_torch(x, config.dtype) for x in (dense.q_bits, dense.k_bits, dense.v_bits))
     q = q[:, :, :, None]  # [num_sets, batch, num_qo_heads, 1, head_dim]
-    outs: list[Any] = [
-        None
-    ] * inputs.num_sets  # a captured launch leaves here the tensor that a replay writes
+    # A captured launch leaves here the tensor that a replay writes.
+    outs: list[Any] = [None] * inputs.num_sets
     enable_gqa = config.group_size > 1
 
     def launch(i: int) -> Launch:
@@ -140,10 +151,35 @@ def _flashinfer(inputs: DecodeInputs, use_tensor_cores: bool) -> Problem:
     return _problem(name, inputs, [launch(i) for i in range(inputs.num_sets)], outs)
 
 
+def _xformers(inputs: DecodeInputs) -> Problem:
+    from xformers.ops import memory_efficient_attention_forward
+
+    config = inputs.config
+    if config.group_size == 1:
+        raise UnsupportedError("one query head a KV head")
+    dense = _dense(inputs, "NHD")
+    q, k, v = (_to_torch(x, config.dtype) for x in (dense.q_bits, dense.k_bits, dense.v_bits))
+    # [num_sets, batch, tokens, num_kv_heads, group_size, head_dim]: keys are broadcast over the group
+    q = q.unflatten(2, (config.num_kv_heads, config.group_size))[:, :, None]
+    k, v = (x[:, :, :, :, None].expand(-1, -1, -1, -1, config.group_size, -1) for x in (k, v))
+    if config.num_kv_heads == 1:
+        q, k, v = (x[:, :, :, 0] for x in (q, k, v))
+    outs: list[Any] = [None] * inputs.num_sets
+
+    def launch(i: int) -> Launch:
+        def run() -> None:
+            outs[i] = memory_efficient_attention_forward(q[i], k[i], v[i])
+
+        return run
+
+    return _problem("xformers", dense, [launch(i) for i in range(inputs.num_sets)], outs)
+
+
 _BUILDERS: dict[str, Callable[[DecodeInputs], Problem]] = {
     "torch-sdpa": _torch_sdpa,
     "flashinfer": lambda inputs: _flashinfer(inputs, use_tensor_cores=False),
     "flashinfer-tc": lambda inputs: _flashinfer(inputs, use_tensor_cores=True),
+    "xformers": _xformers,
 }
 
 
@@ -160,21 +196,21 @@ class Peers:
             except Exception as error:  # a broken installation is a reason too, whatever it raises
                 self.versions[name] = f"skipped: {error!r}"
         self._runner: Any = TorchRunner(stream) if self._names else None  # FlashInfer is torch too
-        self._dense: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._timed_dense: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def time(self, inputs: DecodeInputs) -> dict[str, dict[str, Any]]:
-        """{name: figures or {"skipped": reason}}. SDPA has no pages or layouts: it runs once a shape."""
+        """{name: cold figures or {"skipped": reason}}. What has no pages or layouts runs once a shape."""
         result = {}
         config = inputs.config
         shape = (config.lens, config.num_qo_heads, config.num_kv_heads, config.head_dim, config.dtype)
         for name in self._names:
-            if name == "torch-sdpa" and shape in self._dense:
-                result[name] = self._dense[shape]
+            if (name, shape) in self._timed_dense:
+                result[name] = self._timed_dense[name, shape]
                 continue
             try:
-                result[name] = timing.measure(_BUILDERS[name](inputs), self._runner)
+                result[name] = timing.measure(_BUILDERS[name](inputs), self._runner, only_cold=True)
             except Exception as error:  # a peer that fails must not cost us our own row
                 result[name] = {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            if name == "torch-sdpa":
-                self._dense[shape] = result[name]
+            if name in _DENSE:
+                self._timed_dense[name, shape] = result[name]
         return result

@@ -1,11 +1,13 @@
 """Writes the committed records under bench/results/.
 
     python bench/record.py tests                       the GPU tests        -> gpu_tests.json
-    python bench/record.py bench [--quick] [--only S]  the grid, with peers -> decode_<device>.json
+    python bench/record.py bench                       the grid, with peers -> decode_<device>.json
     python bench/record.py gemma3 [--model FILE.gguf]  greedy text, GPU and NumPy -> gemma3.json
 
 All need a GPU, and name the device, the driver, the date and the sources (`source_sha256`) that were run.
-`--quick` and `--only` (rows whose key contains S) write decode_<device>.partial.json; records are whole runs.
+`bench --group NAME` (of bench/configs.py), `--quick` (a row of every kind) and `--only S` (rows whose key contains
+S) choose rows, and write decode_<device>.partial.json: records are whole runs. `bench` ends with 1 where a row
+is wrong or misses what the first version was held to; the other rules are reported, not enforced.
 """
 
 from __future__ import annotations
@@ -21,23 +23,16 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # run as a file, Python sees bench/ only
 
-from bench import configs, timing  # noqa: E402
-
-RESULTS = ROOT / "bench" / "results"
-Record = dict[str, Any]
-
-LARGE_OF_ROOF = 0.85
-LATENCY_US = 20.0
-SDPA_RATIO = 2.0
+from bench import configs, rules, timing  # noqa: E402
+from bench.rules import RESULTS, Record  # noqa: E402
 
 
 def source_sha256(root: Path = ROOT) -> str:
@@ -140,73 +135,24 @@ def record_tests(path: Path) -> int:
 # --- bench ---
 
 
-def sdpa_ratio(row: Record) -> float | None:
-    """Our cold time over torch SDPA's in the same run, where it ran."""
-    cold = row.get("peers", {}).get("torch-sdpa", {}).get("cold_us")
-    return row["cold_us"] / cold if cold else None
+def judge(record: Record) -> None:
+    """Writes into the record its verdicts, and into each row the rules that it misses."""
+    record.update(rules.verdicts(record))
+    for case in rules.cases(record):
+        case.row["missed"] = [name for name, (_, met) in rules.judged(case).items() if met is False]
 
 
-def verdicts(rows: Sequence[Record]) -> list[Record]:
-    """The promised speeds, each with its worst row. `ok` is None where no row speaks to the rule."""
-    by_key = {config.key: config for config in configs.DECODE_GRID}
-    timed = [(row, by_key[row["key"]]) for row in rows if row["key"] in by_key and "cold_us" in row]
-
-    def rule(name: str, values: Iterable[tuple[float, str]], limit: float, at_least: bool) -> Record:
-        found = sorted(values, reverse=not at_least)  # the worst first
-        if not found:
-            return {"rule": name, "ok": None, "limit": limit, "worst": None, "row": None, "num_rows": 0}
-        value, key = found[0]
-        ok = value >= limit if at_least else value <= limit
-        return {
-            "rule": name,
-            "ok": ok,
-            "limit": limit,
-            "worst": round(value, 3),
-            "row": key,
-            "num_rows": len(found),
-        }
-
-    result = []
-    for group in (1, 4, 8):
-        large = [
-            (row["of_roof"], row["key"]) for row, c in timed if configs.is_large(c) and c.group_size == group
-        ]
-        result.append(
-            rule(f">= 256 MiB, group {group}: share of the roof", large, LARGE_OF_ROOF, at_least=True)
-        )
-    for batch in (1, 8):
-        small = [
-            (row["cold_us"], row["key"]) for row, c in timed if configs.is_latency(c) and c.batch == batch
-        ]
-        result.append(rule(f"batch {batch} x 1024, 32/8 heads: cold us", small, LATENCY_US, at_least=False))
-    ratios = [(ratio, row["key"]) for row, _ in timed if (ratio := sdpa_ratio(row)) is not None]
-    result.append(rule("time over torch SDPA", ratios, SDPA_RATIO, at_least=False))
-    errors = [row["key"] for row in rows if "error" in row]
-    result.append({"rule": "rows that failed", "ok": not errors, "limit": 0, "worst": len(errors),
-                   "row": ", ".join(errors) or None, "num_rows": len(rows)})  # fmt: skip
-    return result
-
-
-def table(record: Record) -> str:
-    lines = [
-        f"{record['device']}: roof {record['read_roof_gbs']:.0f} GB/s, "
-        f"matrix product {record['matmul_tflops']:.0f} TFLOP/s; peers {record['peers']}",
-        f"{'row':<42}{'cold':>9}{'warm':>9}{'eager':>9}{'GB/s':>8}{'roof':>7}{'floor':>8}{'sdpa':>7}",
-    ]
-    for row in record["rows"]:
-        if "error" in row:
-            lines.append(f"{row['key']:<42} {row['error'][:100]}")
-            continue
-        times = "".join(f"{row[name]:>9.1f}" for name in ("cold_us", "warm_us", "eager_us"))
-        ratios = f"{row['gbs']:>8.0f}{row['of_roof']:>7.0%}{row['over_floor']:>7.2f}x"
-        ratio = sdpa_ratio(row)
-        lines.append(f"{row['key']:<42}{times}{ratios}" + (f"{ratio:>6.2f}x" if ratio else ""))
-    for verdict in record["verdicts"]:
-        word = {True: "ok  ", False: "FAIL", None: "-   "}[verdict["ok"]]
-        lines.append(
-            f"{word} {verdict['rule']}: {verdict['worst']} (limit {verdict['limit']}) {verdict['row'] or ''}"
-        )
-    return "\n".join(lines)
+def line(row: Record) -> str:
+    """A row as it is shown while the bench runs."""
+    if "error" in row:
+        return f"{row['key']:<52} {row['error']}"
+    figures = {
+        name.removesuffix("_us"): row[name]
+        for name in ("cold_us", "pdl_us", "warm_us", "eager_us")
+        if name in row
+    }
+    times = "".join(f"{name:>6}{us:>8.1f}" for name, us in figures.items())
+    return f"{row['key']:<52}{times}{row['of_roof']:>6.0%}  missed: {', '.join(row.get('missed', ())) or '-'}"
 
 
 def record_bench(chosen: Sequence[configs.Config], path: Path, seed: int, with_peers: bool) -> int:
@@ -224,7 +170,8 @@ def record_bench(chosen: Sequence[configs.Config], path: Path, seed: int, with_p
         "matmul_tflops": bench.roof.matmul_tflops,
         "peers": bench.peer_versions,
         "wall_s": 0.0,
-        "verdicts": [],
+        "rules": [],
+        "foundation": [],
         "rows": [],
     }
     for config in chosen:
@@ -234,16 +181,23 @@ def record_bench(chosen: Sequence[configs.Config], path: Path, seed: int, with_p
             traceback.print_exc()
             row = {"key": config.key, "error": f"{type(error).__name__}: {error}"}
         record["rows"].append(row)
-        record["verdicts"] = verdicts(record["rows"])
+        judge(record)
         record["wall_s"] = round(time.perf_counter() - start, 1)
         write(record, path)
-        print(
-            f"{record['wall_s']:6.1f} s  {config.key:<42} {row.get('cold_us', row.get('error'))}", flush=True
-        )
+        print(f"{record['wall_s']:6.1f} s  {line(row)}", flush=True)
     if source_sha256() != sha:
         raise SystemExit("the sources changed during the run: the record is worthless")
-    print(f"\n{table(record)}\nwritten: {path}")
-    return 0 if all(verdict["ok"] is not False for verdict in record["verdicts"]) else 1
+    print(
+        "",
+        f"{record['device']}: roof {record['read_roof_gbs']:.0f} GB/s, "
+        f"matrix product {record['matmul_tflops']:.0f} TFLOP/s; peers {record['peers']}",
+        *rules.summary(record["rules"]),
+        "",
+        *rules.summary(record["foundation"]),
+        f"written: {path}",
+        sep="\n",
+    )
+    return int(any(verdict["ok"] is False for verdict in record["foundation"]))
 
 
 def record_gemma3(path: Path, model: str | None) -> int:
@@ -276,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gemma.add_argument("--model", help="GGUF file; default: the one of the PyPI package")
     for command in (tests, bench, gemma):
         command.add_argument("--output", type=Path, help="default: a file under bench/results/")
-    bench.add_argument("--quick", action="store_true", help="a dozen rows")
+    bench.add_argument("--group", choices=configs.GROUPS, help="the rows of one group")
+    bench.add_argument("--quick", action="store_true", help="some fifteen rows")
     bench.add_argument("--only", metavar="S", help="rows whose key contains S")
     bench.add_argument("--seed", type=int, help="of the inputs; default: a new one, which the record names")
     bench.add_argument("--no-peers", action="store_true")
@@ -291,11 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return record_gemma3(options.output or RESULTS / "gemma3.json", options.model)
     chosen = [
         config
-        for config in configs.GRID
+        for config in (configs.GROUPS[options.group] if options.group else configs.GRID)
         if (not options.quick or config.key in configs.QUICK_KEYS) and (options.only or "") in config.key
     ]
     if not chosen:
-        parser.error(f"no row's key contains {options.only!r}")
+        parser.error("no row fits --group, --quick and --only together")
     partial = ".partial" if len(chosen) < len(configs.GRID) else ""
     slug = timing.device_slug(timing.environment()["device"])
     path = options.output or RESULTS / f"decode_{slug}{partial}.json"

@@ -1,9 +1,9 @@
-"""Draws a record: a roofline plot (PNG, SVG) and a Markdown table, beside the record unless told otherwise.
+"""Draws a record: a roofline plot (PNG, SVG) and Markdown tables, beside the record unless told otherwise.
 
     python bench/report.py [RECORD] [--output-dir DIR]
 
-Peers are those timed in the same run, else those of results/peers_<device>.json, measured earlier on such a
-device; the latter are marked with a star.
+All verdicts are computed anew from the record's times. Peers are those timed in the same run, else those of
+results/peers_<device>.json, measured earlier on such a device; the latter are marked with a star.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
-Record = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # run as a file, Python sees bench/ only
+
+from bench import rules, timing  # noqa: E402
+from bench.configs import GROUPS, DecodeConfig  # noqa: E402
+from bench.rules import RESULTS, Peer, Record  # noqa: E402
 
 _STYLE = {  # name: (label, marker, colour)
     "ours": ("cupyattn", "o", "#c1272d"),
@@ -27,72 +31,148 @@ _STYLE = {  # name: (label, marker, colour)
     "xqa": ("TRT-LLM XQA", "2", "#cc79a7"),
     "xformers": ("xformers", "3", "#e69f00"),
 }
+_TIMES = {"cold us": "cold_us", "PDL us": "pdl_us", "warm us": "warm_us", "eager us": "eager_us"}
+
+_LEGEND = """\
+*floor* is the bytes that a step must move over the roof of this run; *cold* the whole call in a CUDA graph that rotates
+over inputs larger than the L2 cache, which is what all rules judge; *PDL* the same with `pdl=True` (programmatic
+dependent launch, for callers whose kernel ahead does not write lengths and tables: a launch may begin before that one
+has ended, so a part of its latency is hidden behind work that is not its own); *warm* a graph over one input; *eager* a
+Python loop, wall clock. The columns from *must* on hold a row's value for each rule: **bold** is missed, plain is met,
+empty is a row of which the rule does not speak. *paged* is judged by its mean only. Rules are stated for head_dim 64,
+128 and 256 and groups of 1, 4, 7, 8 and 16; rows outside are judged too."""
+
+_GROUP_TEXT = {
+    "decode": "Decode",
+    "xformers": "The grid of xformers' decode benchmark: 16 query heads, 65536 tokens",
+    "trace": "Moments of request traces: the lengths of a running batch, every request with pages of its own",
+    "heads": "Query heads per KV head (rows that are not above)",
+    "merge": "Merging states",
+    "append": "Appending to the cache",
+    "": "Other rows",
+}
 
 
 def timed_rows(record: Record) -> list[Record]:
     return [row for row in record["rows"] if "cold_us" in row]
 
 
-def earlier_peers(slug: str) -> dict[str, dict[str, float]]:
-    """{row key: {peer: cold us}} measured earlier on a device of this short name, if there is such a file."""
-    path = RESULTS / f"peers_{slug}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["cold_us"] if path.exists() else {}
+def peers_by_row(record: Record) -> dict[str, tuple[Peer, ...]]:
+    earlier = rules.earlier_peers(timing.device_slug(record["device"]))
+    return {row["key"]: rules.peers_of(row, earlier) for row in record["rows"]}
 
 
-def peer_times(row: Record, earlier: dict[str, dict[str, float]]) -> dict[str, tuple[float, bool]]:
-    """{peer: (cold us, from this run)}."""
-    times = {name: (us, False) for name, us in earlier.get(row["key"], {}).items()}
-    times |= {
-        name: (peer["cold_us"], True) for name, peer in row.get("peers", {}).items() if "cold_us" in peer
+def _peer(peer: Peer | None) -> str:
+    return f"{peer.us:.1f} {peer.name}{'' if peer.same_run else ' *'}" if peer else ""
+
+
+def _sdpa(peers: Iterable[Peer]) -> str:
+    found = [peer for peer in peers if peer.name == "torch-sdpa"]  # the same run's is the last
+    return f"{found[-1].us:.1f}{'' if found[-1].same_run else ' *'}" if found else ""
+
+
+def _verdict(judged: tuple[float, bool | None] | None) -> str:
+    if judged is None:
+        return ""
+    value, met = judged
+    return f"**{value:.3f}**" if met is False else f"{value:.3f}"
+
+
+def _cells(
+    row: Record, peers: tuple[Peer, ...], judged: dict[str, tuple[float, bool | None]]
+) -> dict[str, str]:
+    """{column: text} of one row."""
+    if "cold_us" not in row:
+        return {"configuration": row["key"], "MB": f"failed: {row['error']}"}
+    return {
+        "configuration": row["key"],
+        "MB": f"{row['num_bytes'] * 1e-6:.1f}",
+        "floor us": f"{row['floor_us']:.1f}",
+        **{title: f"{row[name]:.1f}" if name in row else "" for title, name in _TIMES.items()},
+        "GB/s": f"{row['gbs']:.0f}",
+        "of roof": f"{row['of_roof']:.0%}",
+        "SDPA us": _sdpa(peers),
+        "best paged peer us": _peer(rules.fastest(peers, paged=True)),
+        **{rule.name: _verdict(judged.get(rule.name)) for rule in rules.RULES},
     }
-    return times
 
 
-def markdown(record: Record, earlier: dict[str, dict[str, float]]) -> str:
-    """The record as a table: a head line, a row for each configuration, the verdicts."""
+def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Rows of {column: text} as a Markdown table, without the columns that are empty in all of them."""
+    titles = [title for title in max(rows, key=len) if any(row.get(title) for row in rows)]
+    lines = [
+        titles,
+        ["---", *["---:"] * (len(titles) - 1)],
+        *([row.get(title, "") for title in titles] for row in rows),
+    ]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
-    def peer(times: dict[str, tuple[float, bool]]) -> str:
-        if not times:
-            return ""
-        name = min(times, key=lambda name: times[name][0])
-        us, same_run = times[name]
-        return f"{us:.1f} {name}{'' if same_run else ' *'}"
 
+def heads_table(record: Record) -> list[str]:
+    """The `heads` rows side by side: tokens a second through one layer, and the memory of its cache."""
+    cold = {row["key"]: row["cold_us"] for row in timed_rows(record)}
+    steps: dict[tuple[int, int], dict[int, DecodeConfig]] = {}
+    for config in GROUPS["heads"]:
+        if isinstance(config, DecodeConfig) and config.key in cold:
+            steps.setdefault((config.batch, config.lens[0]), {})[config.num_kv_heads] = config
+    rows = []
+    for (batch, tokens), by_heads in sorted(steps.items()):
+        row = {"requests x tokens": f"{batch} x {tokens}"}
+        for num_kv_heads, config in by_heads.items():
+            row[f"tokens/s, {num_kv_heads} KV heads"] = f"{batch / cold[config.key] * 1e6:,.0f}"
+        for num_kv_heads, config in by_heads.items():
+            per_token = config.kv_bytes / sum(config.lens)
+            row[f"MiB, {num_kv_heads} KV heads ({per_token / 1024:g} KiB a token)"] = (
+                f"{config.kv_bytes / 2**20:g}"
+            )
+        rows.append(row)
+    if not rows:
+        return []
+    return [
+        "## KV heads: tokens per second and memory",
+        "",
+        "LLaMA-7B's attention (32 query heads, head_dim 128, bfloat16) with 32 (MHA), 8 (GQA) and 1 (MQA) KV heads:",
+        "new tokens a second through the decode attention of one layer (batch over cold time), and what the layer's",
+        "KV cache holds. A model of 32 layers takes 32 times the memory.",
+        "",
+        *_table(rows),
+        "",
+    ]
+
+
+def markdown(record: Record) -> str:
+    """The record as Markdown: the rules, a table for each group of rows, the foundation's verdicts."""
+    peers = peers_by_row(record)
+    judged = {case.row["key"]: rules.judged(case) for case in rules.cases(record)}
+    verdicts = rules.verdicts(record)
+    # A row that stands in several groups is shown in the first.
+    group_of = {config.key: name for name in reversed(GROUPS) for config in GROUPS[name]}
     lines = [
         f"{record['device']}, driver {record['driver']}, {record['date']}; "
         f"sources {record['source_sha256'][:12]}. "
         f"Read roof {record['read_roof_gbs']:.0f} GB/s, "
         f"matrix product {record['matmul_tflops']:.0f} TFLOP/s.",
         "",
-        "| configuration | MB | cold us | warm us | eager us | GB/s | of roof | over floor | SDPA us "
-        "| best paged peer us |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "## Rules",
+        "",
+        *rules.summary(verdicts["rules"]),
+        "",
+        *_LEGEND.splitlines(),
+        "",
     ]
-    for row in record["rows"]:
-        if "cold_us" not in row:
-            lines.append(f"| {row['key']} | failed: {row['error']} |" + " |" * 8)
-            continue
-        times = peer_times(row, earlier)
-        dense = {name: times.pop(name) for name in ("torch-sdpa",) if name in times}
-        dense_us = "".join(f"{us:.1f}{'' if same_run else ' *'}" for us, same_run in dense.values())
-        lines.append(
-            f"| {row['key']} | {row['num_bytes'] * 1e-6:.1f} | {row['cold_us']:.1f} | {row['warm_us']:.1f} "
-            f"| {row['eager_us']:.1f} | {row['gbs']:.0f} | {row['of_roof']:.0%} | {row['over_floor']:.2f}x "
-            f"| {dense_us} | {peer(times)} |"
-        )
-    lines += ["", "| rule | limit | worst | row | |", "|---|---:|---:|---|---|"]
-    for verdict in record["verdicts"]:
-        word = {True: "met", False: "**not met**", None: "no row"}[verdict["ok"]]
-        worst, row = verdict["worst"], verdict["row"] or ""
-        lines.append(
-            f"| {verdict['rule']} | {verdict['limit']} | {'' if worst is None else worst} | {row} | {word} |"
-        )
-    if any("*" in line for line in lines[4:]):
+    for name, text in _GROUP_TEXT.items():
+        rows = [row for row in record["rows"] if group_of.get(row["key"], "") == name]
+        if rows:
+            cells = [_cells(row, peers[row["key"]], judged.get(row["key"], {})) for row in rows]
+            lines += [f"## {text}", "", *_table(cells), ""]
+    lines += heads_table(record)
+    lines += ["## What the first version was held to", "", *rules.summary(verdicts["foundation"])]
+    if any(not peer.same_run for found in peers.values() for peer in found):
         lines += ["", "\\* measured earlier on such a device, not in this run."]
     return "\n".join(lines) + "\n"
 
 
-def plot(record: Record, earlier: dict[str, dict[str, float]], paths: Sequence[Path]) -> None:
+def plot(record: Record, paths: Sequence[Path]) -> None:
     """Achieved bandwidth over bytes, decode rows only; what is not bandwidth is latency or computation."""
     import matplotlib
 
@@ -100,11 +180,12 @@ def plot(record: Record, earlier: dict[str, dict[str, float]], paths: Sequence[P
     matplotlib.rcParams["svg.hashsalt"] = "cupyattn"  # the same record draws the same file
     from matplotlib import pyplot
 
-    rows = [row for row in timed_rows(record) if row["key"].startswith("b")]
+    peers = peers_by_row(record)
+    rows = [row for row in timed_rows(record) if not row["key"].startswith(("merge", "append"))]
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in _STYLE}
     for row in rows:
         points["ours"].append((row["num_bytes"], row["gbs"]))
-        for name, (us, _) in peer_times(row, earlier).items():
+        for name, us in {peer.name: peer.us for peer in peers[row["key"]]}.items():
             points[name].append((row["num_bytes"], row["num_bytes"] / us * 1e-3))
 
     figure, axes = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
@@ -148,12 +229,10 @@ def newest(folder: Path) -> Path:
 def report(path: Path, folder: Path) -> list[Path]:
     """Writes <name>.md, .png and .svg of the record at `path` into `folder`; returns them."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    slug = path.stem.removesuffix(".partial").removeprefix("decode_")
-    earlier = earlier_peers(slug)
     folder.mkdir(parents=True, exist_ok=True)
     table, *plots = written = [folder / f"{path.stem}{suffix}" for suffix in (".md", ".png", ".svg")]
-    table.write_text(markdown(record, earlier), encoding="utf-8")
-    plot(record, earlier, plots)
+    table.write_text(markdown(record), encoding="utf-8")
+    plot(record, plots)
     return written
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import cupyattn
 from bench import peers, timing
-from bench.configs import AppendConfig, Config, DecodeConfig, MergeConfig
+from bench.configs import HOST_KEY, AppendConfig, Config, DecodeConfig, MergeConfig
 from bench.timing import Problem, Roof, num_sets
 from cupyattn import reference
 
@@ -87,10 +87,10 @@ class DecodeInputs:
     def num_sets(self) -> int:
         return int(self.q_bits.shape[0])
 
-    def as_dense(self) -> DecodeInputs:
-        """The same memory as dense K and V, [batch, num_kv_heads, ctx, head_dim]: one HND page a request."""
-        config = replace(self.config, page_size=self.config.lens[0], layout="HND")
-        shape = (self.num_sets, config.batch, config.num_kv_heads, config.page_size, config.head_dim)
+    def as_dense(self, layout: str) -> DecodeInputs:
+        """The same memory as dense K and V, [batch, num_kv_heads, ctx, head_dim] for HND: a page a request."""
+        config = replace(self.config, page_size=self.config.lens[0], layout=layout)
+        shape = (self.num_sets, config.batch, *config.page_shape)
         k_bits, v_bits = (
             x.reshape(-1)[: math.prod(shape)].reshape(shape) for x in (self.k_bits, self.v_bits)
         )
@@ -196,9 +196,7 @@ class Pool:
         sets = num_sets(config.num_bytes, self.l2_bytes)
         if sets == 2 and 2 * config.cache_elements > self.k_bits.size:
             sets = 1  # the largest rows: one set is already several times the L2
-        tokens_heads = (config.page_size, config.num_kv_heads)
-        page = tokens_heads if config.layout == "NHD" else tokens_heads[::-1]
-        k_bits, v_bits = self._cut((sets, config.num_pages, *page, config.head_dim), config.dtype)
+        k_bits, v_bits = self._cut((sets, config.num_pages, *config.page_shape), config.dtype)
         q_bits = self._new((sets, config.batch, config.num_qo_heads, config.head_dim), config.dtype)
         out_bits = xp.empty_like(q_bits)
         num_pages = [math.ceil(n / config.page_size) for n in config.lens]
@@ -224,6 +222,8 @@ class Pool:
             launches=launches,
             poison=lambda: out_bits.fill(NAN_BITS),
             check=lambda: inputs.check(lambda i: out_bits[i]),
+            # A further way to call decode is a line here, and a column in report.py.
+            variants={"pdl_us": [partial(launch, pdl=True) for launch in launches]},
         )
         return problem, inputs
 
@@ -340,6 +340,10 @@ class Bench:
         problem, inputs = self.pool.problem(config)
         timing.cupy.cuda.Device().synchronize()  # inputs were made on the default stream
         figures = timing.measure(problem, self.runner)
+        if config.key == HOST_KEY:
+            with self.runner.current():
+                host_us = timing.eager_us(problem.launches, self.runner.stream, calls=200, wait=False)
+            figures["host_us"] = round(host_us, 2)
         floor_us = self.roof.floor_us(problem.num_bytes, problem.flops)
         row = {
             "key": config.key,

@@ -39,24 +39,18 @@ TIMEOUT_S = 300
 # -- the grid --
 
 
-def decode_problems() -> Iterator[tuple[str, Any, int]]:
-    """(name, problem on the host, entries to add to its table) for each template instance of `decode`.
+def decode_problems() -> Iterator[tuple[str, Any]]:
+    """(name, problem on the host) for each template instance of `decode`.
 
-    Two problems an instance: ragged short requests, and one whose keys take more than 24 CTAs, so that its
-    merge tree has two levels. (A CTA takes two 64-key tiles at least: 24 of them 3072 keys.) The shape for
-    large caches is chosen by the size of the table: it gets entries that nobody reads.
+    Two problems an instance: ragged short requests, and one whose keys take more than 32 CTAs, so that its
+    merge tree has two levels. (A CTA takes two 64-key tiles at least: 32 of them 4096 keys.)
     """
     from problems import build_problem
 
     from cupyattn import kernels
 
-    shapes = (
-        (4, False),
-        (4, True),
-        (20, False),
-    )  # rows of a tile, large; with more than 16 rows it is all one
-    for dtype, head_dim, (rows, large) in itertools.product(
-        kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS, shapes
+    for dtype, head_dim, rows in itertools.product(
+        kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS, (4, 12, 20)
     ):
         common = {
             "dtype": dtype,
@@ -65,30 +59,23 @@ def decode_problems() -> Iterator[tuple[str, Any, int]]:
             "group_size": rows,
             "page_size": 16,
         }
-        page_bytes = 2 * 2 * 16 * head_dim
-        spare = (65 << 20) // page_bytes if large else 0
-        name = f"{dtype} d={head_dim} rows={rows} {'large' if large else 'small'}"
+        name = f"{dtype} d={head_dim} rows={rows}"
         short = build_problem(
-            [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20], storage="interleaved", window_left=40,
-            logits_soft_cap=20.0, **common,
+            [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20] if rows > 16 else None, storage="interleaved",
+            window_left=40, logits_soft_cap=20.0, **common,
         )  # fmt: skip
-        yield f"{name} short", short, spare
-        long = build_problem([3400], dense=True, layout="HND", **common)
-        yield f"{name} long", long, spare
+        yield f"{name} short", short
+        yield f"{name} long", build_problem([4500], dense=True, layout="HND", **common)
 
 
 def run_decode() -> int:
     from device import attend, misses
-    from problems import POISON_PAGE, to_backend
+    from problems import to_backend
 
     import cupyattn
 
     count = 0
-    for name, problem, spare in decode_problems():
-        if spare:
-            axis = problem.kv_indices.ndim - 1
-            pad = np.full((*problem.kv_indices.shape[:axis], spare), POISON_PAGE, np.int32)
-            problem = problem.replace(kv_indices=np.concatenate([problem.kv_indices, pad], axis))
+    for name, problem in decode_problems():
         out, lse = to_backend(problem, _cupy()).call(cupyattn.decode, return_lse=True)
         wrong = int(misses(out.get(), lse.get(), attend(problem), problem.dtype, np))
         if wrong:

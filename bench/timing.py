@@ -1,11 +1,12 @@
 """The clock: what a launch costs on the device and on the host, and the two roofs it is measured against.
 
-Three figures, each the median of several readings, in microseconds per launch:
+Each figure is the median of several readings, in microseconds per launch:
 
 cold    a CUDA graph of launches that rotate over input sets which together exceed the L2 cache 2.2 times,
-        so that each launch finds its input in HBM
+        so that each launch finds its input in HBM; a variant of the launch (`pdl`) is read in the same way
 warm    a CUDA graph of launches over one set
 eager   a plain Python loop over the sets, wall clock, so host time counts where it is longer than device time
+host    the same loop without the wait at its end: what a call costs the host that makes it
 
 Graphs are replayed back to back, with one pair of events around each replay. One that holds few launches is
 padded with further rounds of the same rotation, because the start of a graph costs microseconds of its own.
@@ -19,9 +20,9 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -164,7 +165,8 @@ class Problem:
     """Something to time: equal launches over different input sets, what each moves and computes, and a check.
 
     `poison` spoils the outputs; `check` raises AssertionError unless the launches have filled them rightly,
-    and returns the errors it saw.
+    and returns the errors it saw. `variants` are other ways to launch the same sets, by the name of the figure
+    that each one's cold time becomes; they fill the same outputs.
     """
 
     key: str
@@ -173,6 +175,7 @@ class Problem:
     launches: Sequence[Launch]
     poison: Launch
     check: Callable[[], dict[str, float]]
+    variants: Mapping[str, Sequence[Launch]] = field(default_factory=dict)
 
 
 def num_sets(bytes_per_set: int, l2_bytes: int, most: int = 256) -> int:
@@ -199,44 +202,59 @@ def replay_us(replay: Launch, stream: Any, replays: int = REPLAYS) -> float:
     return statistics.median([1e3 * float(cupy.cuda.get_elapsed_time(*pair)) for pair in events])
 
 
-def eager_us(launches: Sequence[Launch], stream: Any, calls: int, loops: int = 5) -> float:
-    """Median over `loops` of the wall clock per call of a Python loop that ends in one synchronisation."""
+def eager_us(launches: Sequence[Launch], stream: Any, calls: int, loops: int = 5, wait: bool = True) -> float:
+    """Median over `loops` of the wall clock per call of a Python loop, with one synchronisation at its end.
+
+    Without `wait` the clock stops before that. Keep `calls` well below the thousand or so launches that the
+    driver queues, or the host waits for the device all the same.
+    """
     times = []
     for _ in range(loops):
         stream.synchronize()
         start = time.perf_counter()
         for i in range(calls):
             launches[i % len(launches)]()
-        stream.synchronize()
+        if wait:
+            stream.synchronize()
         times.append((time.perf_counter() - start) * 1e6 / calls)
+    stream.synchronize()
     return statistics.median(times)
 
 
-def measure(problem: Problem, runner: Runner) -> dict[str, Any]:
-    """Checks the problem through the very graph that is timed, then reads cold, warm and eager time.
+def _checked_cold_us(
+    problem: Problem, launches: Sequence[Launch], runner: Runner
+) -> tuple[float, dict[str, float]]:
+    """Cold time per launch, and the errors that the check saw in what the very graph that is timed has left."""
+    for launch in launches:  # loads modules and makes the allocations that a capture may not make
+        launch()
+    runner.stream.synchronize()
+    rotation = list(launches) * _rounds(len(launches), problem.num_bytes)
+    cold = runner.capture(rotation)
+    problem.poison()
+    cold()
+    runner.stream.synchronize()
+    errors = problem.check()
+    return replay_us(cold, runner.stream) / len(rotation), errors
 
-    Raises AssertionError, before anything is timed, where the check fails.
+
+def measure(problem: Problem, runner: Runner, only_cold: bool = False) -> dict[str, Any]:
+    """Checks the problem and reads its cold time, then that of its variants, and warm and eager time.
+
+    Raises AssertionError, before the launches in question are timed, where a check fails.
     """
     launches, stream = list(problem.launches), runner.stream
     with runner.current():
-        for launch in launches:  # loads modules and makes the allocations that a capture may not make
-            launch()
-        stream.synchronize()
-        rotation = launches * _rounds(len(launches), problem.num_bytes)
-        cold = runner.capture(rotation)
-        problem.poison()
-        cold()
-        stream.synchronize()
-        errors = problem.check()
-        cold_us = replay_us(cold, stream) / len(rotation)
-        same = launches[:1] * _rounds(1, problem.num_bytes)
-        warm_us = replay_us(runner.capture(same), stream) / len(same)
-        calls = int(min(200, max(10, 2e4 / cold_us)))
-        eager = eager_us(launches, stream, calls)
+        cold_us, errors = _checked_cold_us(problem, launches, runner)
+        times = {"cold_us": cold_us}
+        if not only_cold:
+            for name, variant in problem.variants.items():
+                times[name], _ = _checked_cold_us(problem, variant, runner)
+            same = launches[:1] * _rounds(1, problem.num_bytes)
+            times["warm_us"] = replay_us(runner.capture(same), stream) / len(same)
+            calls = int(min(200, max(10, 2e4 / cold_us)))
+            times["eager_us"] = eager_us(launches, stream, calls)
     return {
-        "cold_us": round(cold_us, 2),
-        "warm_us": round(warm_us, 2),
-        "eager_us": round(eager, 2),
+        **{name: round(us, 2) for name, us in times.items()},
         "gbs": round(problem.num_bytes / cold_us * 1e-3, 1),
         "tflops": round(problem.flops / cold_us * 1e-6, 2),
         "num_sets": len(launches),

@@ -1,0 +1,252 @@
+"""The rules that speed is held to, and what a record says to each of them.
+
+A rule reads one number from a row, or None where it does not speak of such rows, and compares it with its limit.
+All of it is computed from what a record holds (times, bytes and the roof of its run) and from the peers' times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import timing
+from bench.configs import DECODE_GRID, MB, DecodeConfig, is_large, is_latency
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Record = dict[str, Any]
+
+
+class Peer(NamedTuple):
+    """A peer's cold time for a row: from the same run, or measured earlier on such a device."""
+
+    name: str
+    us: float
+    same_run: bool
+
+
+def earlier_peers(slug: str) -> dict[str, dict[str, float]]:
+    """{row key: {peer: cold us}} measured earlier on a device of this short name, if there is such a file."""
+    path = RESULTS / f"peers_{slug}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["cold_us"] if path.exists() else {}
+
+
+def peers_of(row: Record, earlier: Mapping[str, Mapping[str, float]]) -> tuple[Peer, ...]:
+    """All known times of peers, those of the same run last."""
+    found = [Peer(name, us, False) for name, us in earlier.get(row["key"], {}).items()]
+    timed = {name: peer["cold_us"] for name, peer in row.get("peers", {}).items() if "cold_us" in peer}
+    return (*found, *(Peer(name, us, True) for name, us in timed.items()))
+
+
+def fastest(peers: Iterable[Peer], paged: bool = False) -> Peer | None:
+    """With `paged`, of all but torch's SDPA, which reads dense keys and values."""
+    found = [peer for peer in peers if not (paged and peer.name == "torch-sdpa")]
+    return min(found, key=lambda peer: peer.us, default=None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decode row that was timed, with all that a rule may look at."""
+
+    row: Record
+    config: DecodeConfig
+    roof_gbs: float
+    peers: tuple[Peer, ...]
+    run: Mapping[str, Record]  # the rows of the same run by key
+
+    @property
+    def us(self) -> float:
+        return float(self.row["cold_us"])
+
+    @property
+    def floor_us(self) -> float:
+        return self.config.num_bytes / self.roof_gbs * 1e-3
+
+    @property
+    def of_roof(self) -> float:
+        return self.floor_us / self.us
+
+    def over_peer(self, paged: bool = False) -> float | None:
+        peer = fastest(self.peers, paged)
+        return self.us / peer.us if peer else None
+
+    def over_sdpa(self) -> float | None:
+        """Beside torch SDPA of the same run only."""
+        found = [peer.us for peer in self.peers if peer.name == "torch-sdpa" and peer.same_run]
+        return self.us / found[0] if found else None
+
+    def over_twin(self, applies: bool, **changes: Any) -> float | None:
+        """Time over that of the row that differs in `changes` alone, if this run has it."""
+        twin = (
+            self.run.get(replace(self.config, **changes).key, {}) if applies and not self.config.name else {}
+        )
+        return self.us / twin["cold_us"] if "cold_us" in twin else None
+
+
+def cases(record: Record) -> list[Case]:
+    by_key = {config.key: config for config in DECODE_GRID}
+    earlier = earlier_peers(timing.device_slug(record["device"]))
+    run = {row["key"]: row for row in record["rows"]}
+    return [
+        Case(row, by_key[key], record["read_roof_gbs"], peers_of(row, earlier), run)
+        for key, row in run.items()
+        if key in by_key and "cold_us" in row
+    ]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row meets a rule whose `value` is at most its limit (`at_least`: at least).
+
+    The limit of a `mean` rule is for the geometric mean over the rows, and no single row is judged by it.
+    """
+
+    name: str
+    text: str
+    limit: float
+    value: Callable[[Case], float | None]
+    at_least: bool = False
+    mean: bool = False
+
+    def meets(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def _paged_speedup(case: Case) -> float | None:
+    ratio = case.over_peer(paged=True)
+    return 1 / ratio if ratio else None
+
+
+def _ragged_of_roof(case: Case) -> float | None:
+    return case.of_roof if not case.config.equal_lens and case.config.kv_bytes >= 256 * MB else None
+
+
+# The floor is bytes / roof, both of the same run.
+RULES = (
+    Rule("must", "time / (1.06 floor + 5 us)", 1.0, lambda c: c.us / (1.06 * c.floor_us + 5)),
+    Rule("goal", "time / (1.03 floor + 3.5 us)", 1.0, lambda c: c.us / (1.03 * c.floor_us + 3.5)),
+    Rule("peer", "time / that of the fastest peer, dense SDPA included", 1.0, lambda c: c.over_peer()),
+    Rule("SDPA", "time / torch SDPA's in the same run", 1.0, lambda c: c.over_sdpa()),
+    Rule("paged", "time of the best paged peer / ours, geometric mean", 1.2, _paged_speedup, True, mean=True),
+    Rule(
+        "p1/p64",
+        "time with page size 1 / with 64",
+        1.03,
+        lambda c: c.over_twin(c.config.page_size == 1, page_size=64),
+    ),
+    Rule(
+        "HND/NHD", "time in HND / in NHD", 1.03, lambda c: c.over_twin(c.config.layout == "HND", layout="NHD")
+    ),
+    Rule("ragged", "share of the roof, ragged, from 256 MB on", 0.92, _ragged_of_roof, at_least=True),
+    Rule("host", "host us of a call", 12.0, lambda c: c.row.get("host_us")),
+)
+PDL_RULES = ("must", "goal")  # what the PDL time is held against too
+
+
+def _large(group_size: int) -> Callable[[Case], float | None]:
+    return lambda c: c.of_roof if is_large(c.config) and c.config.group_size == group_size else None
+
+
+def _latency(batch: int) -> Callable[[Case], float | None]:
+    return lambda c: c.us if is_latency(c.config) and c.config.batch == batch else None
+
+
+# What the first version was held to.
+FOUNDATION = (
+    *(
+        Rule(f"large, group {n}", "share of the roof, >= 256 MiB", 0.85, _large(n), at_least=True)
+        for n in (1, 4, 8)
+    ),
+    *(Rule(f"batch {n}", f"us, {n} x 1024 tokens, 32/8 heads", 20.0, _latency(n)) for n in (1, 8)),
+    Rule("2 x SDPA", "time / torch SDPA's in the same run", 2.0, lambda c: c.over_sdpa()),
+)
+
+
+def judged(case: Case) -> dict[str, tuple[float, bool | None]]:
+    """{rule: (value, whether it is met)} of the rules that speak of this row; None for those of a mean."""
+    values = {rule: rule.value(case) for rule in RULES}
+    return {
+        rule.name: (value, None if rule.mean else rule.meets(value))
+        for rule, value in values.items()
+        if value is not None
+    }
+
+
+def verdict(rule: Rule, found: Iterable[Case]) -> Record:
+    """How many rows meet the rule, and the worst one. `ok` is None where the rule speaks of no row."""
+    values = [(value, case.row["key"]) for case in found if (value := rule.value(case)) is not None]
+    values.sort(reverse=not rule.at_least)  # the worst first
+    result = {
+        "rule": rule.name,
+        "text": rule.text,
+        "limit": rule.limit,
+        "ok": None,
+        "num_met": sum(rule.meets(value) for value, _ in values),
+        "num_rows": len(values),
+        "worst": None,
+        "row": None,
+    }
+    if values:
+        worst, row = values[0]
+        result |= {"ok": rule.meets(worst), "worst": round(worst, 3), "row": row}
+        if rule.mean:
+            mean = math.exp(math.fsum(math.log(value) for value, _ in values) / len(values))
+            result |= {"ok": rule.meets(mean), "mean": round(mean, 3)}
+    return result
+
+
+def with_pdl(found: Iterable[Case]) -> list[Case]:
+    """The rows that were launched with programmatic dependent launch too, in that time."""
+    return [
+        replace(case, row={**case.row, "cold_us": case.row["pdl_us"]})
+        for case in found
+        if "pdl_us" in case.row
+    ]
+
+
+def verdicts(record: Record) -> dict[str, list[Record]]:
+    """{"rules": of RULES, "foundation": of FOUNDATION and of the rows that failed their check}."""
+    found = cases(record)
+    pdl = with_pdl(found)
+    rules = [verdict(rule, found) for rule in RULES]
+    for rule, one in zip(RULES, rules, strict=True):
+        if pdl and rule.name in PDL_RULES:
+            one["num_met_pdl"] = verdict(rule, pdl)["num_met"]
+    errors = [row["key"] for row in record["rows"] if "error" in row]
+    failed = {
+        "rule": "checks",
+        "text": "rows that failed",
+        "limit": 0,
+        "ok": not errors,
+        "num_met": len(record["rows"]) - len(errors),
+        "num_rows": len(record["rows"]),
+        "worst": len(errors),
+        "row": ", ".join(errors) or None,
+    }
+    return {"rules": rules, "foundation": [*(verdict(rule, found) for rule in FOUNDATION), failed]}
+
+
+_WORDS = {True: "met", False: "**MISSED**", None: "no row"}
+
+
+def summary(verdicts: Sequence[Record]) -> list[str]:
+    """The verdicts as a Markdown table."""
+    lines = [
+        "| rule | | limit | rows that meet it | worst | row | verdict |",
+        "|---|---|---:|---:|---:|---|---|",
+    ]
+    for one in verdicts:
+        met = f"{one['num_met']} of {one['num_rows']}"
+        if "num_met_pdl" in one:
+            met += f" ({one['num_met_pdl']} with PDL)"
+        if "mean" in one:
+            met = f"mean {one['mean']} of {one['num_rows']}"
+        worst = "" if one["worst"] is None else one["worst"]
+        lines.append(
+            f"| {one['rule']} | {one['text']} | {one['limit']} | {met} | {worst} | {one['row'] or ''} "
+            f"| {_WORDS[one['ok']]} |"
+        )
+    return lines
