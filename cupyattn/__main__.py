@@ -1,4 +1,4 @@
-"""``python -m cupyattn``: list the kernels, compile them ahead of time, say what this machine will use."""
+"""``python -m cupyattn``: list and compile the kernels, draw a schedule, say what this machine will use."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Self
 
 from . import __version__
+from .checks import check_divisible
+from .kernels import DECODE_HEAD_DIMS, decode_config
 from .runtime import (
     CI_ARCHS,
     Build,
@@ -28,6 +32,7 @@ from .runtime import (
 )
 from .runtime.compiler import nvrtc
 from .runtime.registry import TemplateArg, UnknownKernel, get_spec
+from .schedule import Segment, decode_schedule, draw_schedule, schedule_figures
 
 Instance = tuple[KernelSpec, tuple[TemplateArg, ...], str]  # kernel, template arguments, arch
 
@@ -51,6 +56,23 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
     command.add_argument("--fail-on-spills", action="store_true", help="exit with 1 if any register spills")
     command.set_defaults(run=_precompile)
+
+    command = commands.add_parser(
+        "schedule", help="say, or draw, which CTA of a decode step reads which keys"
+    )
+    command.add_argument(
+        "--lens", type=int, nargs="+", required=True, metavar="TOKENS", help="keys of each request"
+    )
+    command.add_argument("--num-qo-heads", type=int, default=8, help="query heads (%(default)s)")
+    command.add_argument("--num-kv-heads", type=int, default=1, help="KV heads (%(default)s)")
+    command.add_argument("--head-dim", type=int, default=128, choices=DECODE_HEAD_DIMS, help="(%(default)s)")
+    command.add_argument("--arch", default="sm_90a", help="(%(default)s)")
+    command.add_argument("--num-sms", type=int, default=132, help="SMs of the device (%(default)s)")
+    command.add_argument("--window-left", type=int, default=-1, help="keys before its own that a query sees")
+    command.add_argument(
+        "--out", type=Path, help="draw it, with matplotlib: a path that ends in .svg or .png"
+    )
+    command.set_defaults(run=_schedule)
 
     command = commands.add_parser("info", help="say what cupyattn finds and uses on this machine")
     command.set_defaults(run=_info)
@@ -132,6 +154,49 @@ def _build_all(work: Iterable[Instance], jobs: int) -> Iterator[tuple[Instance, 
                     raise error
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, say
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    check_divisible("--num-qo-heads", args.num_qo_heads, "--num-kv-heads", args.num_kv_heads)
+    if not re.fullmatch(r"sm_\d+[af]?", args.arch):
+        raise ValueError(f"--arch must look like sm_90a, got {args.arch}")
+    group_size = args.num_qo_heads // args.num_kv_heads
+    config = decode_config(args.arch, args.head_dim, group_size)
+    segments = decode_schedule(
+        args.lens,
+        num_kv_heads=args.num_kv_heads,
+        group_size=group_size,
+        tile_kv=config.tile_kv,
+        tile_q=config.tile_q,
+        max_ctas=config.ctas_per_sm * args.num_sms,
+        window_left=args.window_left,
+    )
+    if args.out is not None:
+        return _draw(args, segments)
+    figures = schedule_figures(segments)
+    rows = [
+        ("CTAs", f"{figures.num_ctas} of {config.ctas_per_sm * args.num_sms}"),
+        ("longest run", f"{figures.longest_run} tokens"),
+        ("groups split", f"{figures.num_split} of {figures.num_groups}"),
+        ("partial states", str(figures.num_partials)),
+        ("longest merge", str(figures.longest_merge)),
+    ]
+    print(_table(rows))
+    return 0
+
+
+def _draw(args: argparse.Namespace, segments: Sequence[Segment]) -> int:
+    if args.out.suffix not in (".svg", ".png"):
+        raise ValueError(f"--out must end in .svg or .png, got {args.out}")
+    heads = f"{args.num_qo_heads}/{args.num_kv_heads} heads, head_dim {args.head_dim}"
+    title = f"{len(args.lens)} requests, {sum(args.lens)} tokens, {heads}, {args.num_sms} SMs ({args.arch})"
+    try:
+        draw_schedule(segments, args.out, title=title)
+    except ModuleNotFoundError:
+        raise ValueError("--out needs matplotlib: pip install 'cupyattn[bench]'") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {args.out}: {error.strerror}") from None
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

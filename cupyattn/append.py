@@ -98,14 +98,14 @@ def append(
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"append: rope must be a Rope, got {type(rope).__name__}")
     operands = (k, v, cache, q, q_out, qo_indptr, pages)
-    plan = _plans.get(operands, rope)
+    plan, place = _plans.find(operands, rope)
     if validate:
         cache = as_cache(cache)
         checks.validate_pages(
             "append", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
             num_tokens=k.shape[0],
         )  # fmt: skip
-    return plan.run(operands)
+    return plan.run(operands, place)
 
 
 class _AppendPlan(Plan):

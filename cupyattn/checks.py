@@ -205,12 +205,12 @@ def data_pointer(a: Any) -> int:
     """Address of the first element of a NumPy, CuPy, torch or JAX array."""
     if isinstance(a, np.ndarray):
         return int(a.__array_interface__["data"][0])
+    if isinstance(a, np.generic):
+        return 0  # a value, which shares memory with nothing
     try:
         return int(a.data.ptr)  # CuPy
     except AttributeError:
         pass
-    if isinstance(a, np.generic):
-        return 0  # a value, which shares memory with nothing
     if callable(getattr(a, "data_ptr", None)):  # torch
         return int(a.data_ptr())
     return int(a.unsafe_buffer_pointer())  # JAX

@@ -120,7 +120,7 @@ def decode(
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode: pages must be a PageTable, got {type(pages).__name__}")
     operands = (q, cache, pages, qo_indptr, out, lse, workspace)
-    plan = _plans.get(operands)
+    plan, place = _plans.find(operands)
     sm_scale = plan.sm_scale if sm_scale is None else checks.as_finite("decode: sm_scale", sm_scale)
     logits_soft_cap = checks.as_finite("decode: logits_soft_cap", logits_soft_cap)
     if logits_soft_cap < 0:
@@ -131,7 +131,7 @@ def decode(
     checks.check_bool("decode: pdl", pdl)
     if validate:
         _validate(q, as_cache(cache), pages, qo_indptr, workspace, window_left)
-    out, lse = plan.run(operands, sm_scale, window_left, logits_soft_cap, return_lse, pdl)
+    out, lse = plan.run(operands, place, sm_scale, window_left, logits_soft_cap, return_lse, pdl)
     return (out, lse) if return_lse else out
 
 

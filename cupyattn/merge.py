@@ -83,7 +83,8 @@ def merge_states(
         raise TypeError(f"merge_states: into must be a pair (out, lse), got {type(into).__name__}")
     into_out, into_lse = (None, None) if into is None else into
     arrays = (out, lse, rest_out, rest_lse, into_out, into_lse)
-    state: tuple[Any, Any] = _plans.get(arrays, *settings).run(arrays)
+    plan, place = _plans.find(arrays, *settings)
+    state: tuple[Any, Any] = plan.run(arrays, place)
     return state
 
 

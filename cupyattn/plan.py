@@ -18,6 +18,7 @@ from cupyattn import checks
 
 _MAX_PLANS = 4096  # of changing shapes; a plan is about 1 KiB
 _MAX_PLACES = 4096  # addresses that calls came with, about 0.5 KiB each
+_NUMPY_TYPES = (np.ndarray, np.generic)
 
 
 class ArrayGroup:
@@ -31,20 +32,18 @@ class ArrayGroup:
         Hashable.
     """
 
-    __slots__ = ("_addresses", "_arrays", "_settings", "_signature")
+    __slots__ = ("_arrays", "_seen", "_settings")
 
     _arrays: tuple[Any, ...]
     _settings: tuple[Any, ...]
-    _signature: int | None  # found when first needed, as the addresses are
-    _addresses: tuple[int, ...] | None
+    _seen: tuple[Any, tuple[int, ...]] | None
 
     def __init__(self, arrays: dict[str, Any], **settings: Any) -> None:
         for name, value in {**arrays, **settings}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_arrays", tuple(arrays.values()))
         object.__setattr__(self, "_settings", tuple(settings.values()))
-        object.__setattr__(self, "_signature", None)
-        object.__setattr__(self, "_addresses", None)
+        object.__setattr__(self, "_seen", None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self).__name__
@@ -53,15 +52,11 @@ class ArrayGroup:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable: cannot delete {name}")
 
-    def _find_signature(self) -> int:
-        number = _number((type(self), self._settings, *map(signature, self._arrays)))
-        object.__setattr__(self, "_signature", number)
-        return number
-
-    def _find_addresses(self) -> tuple[int, ...]:
-        found = addresses(self._arrays)
-        object.__setattr__(self, "_addresses", found)
-        return found
+    def _look(self) -> tuple[Any, tuple[int, ...]]:
+        signatures, place = look(self._arrays)
+        seen = _number((type(self), self._settings, signatures)), place
+        object.__setattr__(self, "_seen", seen)
+        return seen
 
 
 _numbers: dict[Any, int] = {}
@@ -75,23 +70,38 @@ def _number(key: Any) -> int:
     return _numbers.setdefault(key, next(_next_number))
 
 
-def signature(a: Any) -> Any:
-    """Return what checks may know of an operand, hashable; None for None.
+def look(operands: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Return the signature of each operand, hashable, and the address of each array of `flatten(operands)`.
+
+    None has the signature None and the address 0. Both are found in one loop, because every call waits for it.
 
     Raises
     ------
     AttributeError
-        `a` is no array. The checks themselves say that better.
+        An operand is no array. The checks themselves say that better.
     """
-    if a is None:
-        return None
-    if isinstance(a, ArrayGroup):
-        return a._signature or a._find_signature()
-    if type(a) is np.ndarray:
-        return (a.shape, a.strides, a.dtype)
-    if type(a) is tuple:
-        return tuple(map(signature, a))
-    return (a.shape, a.strides, a.dtype, a.data.device_id)
+    signatures: list[Any] = []
+    place: list[int] = []
+    for a in operands:
+        if a is None:
+            signatures.append(None)
+            place.append(0)
+        elif isinstance(a, ArrayGroup):
+            number, addresses = a._seen or a._look()
+            signatures.append(number)
+            place += addresses
+        elif type(a) is tuple:
+            inner, addresses = look(a)
+            signatures.append(inner)
+            place += addresses
+        elif isinstance(a, _NUMPY_TYPES):
+            signatures.append((a.shape, a.strides, a.dtype))
+            place.append(checks.data_pointer(a))
+        else:
+            memory = a.data
+            signatures.append((a.shape, a.strides, a.dtype, memory.device_id))
+            place.append(memory.ptr)
+    return tuple(signatures), tuple(place)
 
 
 def flatten(operands: Sequence[Any]) -> tuple[Any, ...]:
@@ -99,21 +109,6 @@ def flatten(operands: Sequence[Any]) -> tuple[Any, ...]:
     found: list[Any] = []
     for a in operands:
         found += a._arrays if isinstance(a, ArrayGroup) else a if type(a) is tuple else (a,)
-    return tuple(found)
-
-
-def addresses(operands: Sequence[Any]) -> tuple[int, ...]:
-    """Return the address of each array of `flatten(operands)`, 0 for None."""
-    found: list[int] = []
-    for a in operands:
-        if a is None:
-            found.append(0)
-        elif isinstance(a, ArrayGroup):
-            found += a._addresses or a._find_addresses()
-        elif type(a) is tuple:
-            found += addresses(a)
-        else:
-            found.append(checks.data_pointer(a))
     return tuple(found)
 
 
@@ -164,16 +159,15 @@ class Plan:
                 self._apart.append((index[a], index[b], or_same))
         self._extents = {i: _extent(arrays[i]) for *pair, _ in self._apart for i in pair}
 
-    def run(self, operands: Sequence[Any], *settings: Any) -> Any:
-        """Do the operation with operands of this plan's signature, on their device."""
+    def run(self, operands: Sequence[Any], place: tuple[int, ...], *settings: Any) -> Any:
+        """Do the operation with operands of this plan's signature, which lie at `place`, on their device."""
         if self.device is None:
             arrays = flatten(operands)
             for i in self._written:
                 checks.check_writable(f"{self.caller}: {self.array_names[i]}", arrays[i])
         elif self.device != self.xp.cuda.runtime.getDevice():
             with self.xp.cuda.Device(self.device):
-                return self.run(operands, *settings)
-        place = addresses(operands)
+                return self.run(operands, place, *settings)
         if (self, place) not in _places:  # shapes and strides are the plan's, so addresses decide
             self.check_addresses(flatten(operands), place)
             if len(_places) >= _MAX_PLACES:
@@ -208,19 +202,21 @@ class PlanCache(Generic[_Plan]):
         self._backends = numpy_plan, cupy_plan
         self._plans: dict[Any, _Plan] = {}
 
-    def get(self, operands: Sequence[Any], *settings: Any) -> _Plan:
-        """Return the plan for these operands and (hashable) settings, which its class gets too."""
+    def find(self, operands: Sequence[Any], *settings: Any) -> tuple[_Plan, tuple[int, ...]]:
+        """Return the plan for these operands and (hashable) settings, which its class gets too, and the place."""
         try:
-            key = (settings, *map(signature, operands))
-            plan = self._plans.get(key)
-        except (AttributeError, TypeError):  # something is no array: let the checks say what
-            return self._make(operands, *settings)
+            signatures, place = look(operands)
+        except AttributeError:  # something is no array of NumPy or CuPy: the checks say what
+            self._make(operands, *settings)
+            raise
+        key = (settings, signatures)
+        plan = self._plans.get(key)
         if plan is None:
             plan = self._make(operands, *settings)
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
-        return plan
+        return plan, place
 
     def _make(self, operands: Sequence[Any], *settings: Any) -> _Plan:
         numpy_plan, cupy_plan = self._backends

@@ -468,7 +468,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         }
     __syncthreads();
     constexpr int kVecs = kHeadDim / 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int i = tid; i < num_rows * kVecs; i += kThreads) {
       const int row = i / kVecs;
       const int dim = i % kVecs * 4;

@@ -1,0 +1,376 @@
+"""Which CTA of a decode step reads which keys of which request: the partition of ``schedule.cuh``, on the host.
+
+Kernels find their own place on the line and need nothing of this. It is here to look at a schedule, and to test the
+rule without a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MIN_UNITS = 2  # Partition::kMinUnits of schedule.cuh
+_MAX_UNITS = 2**31 - 1  # kernels count units in an int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of one CTA's run that lies in one group: (request, KV head, tile of query rows).
+
+    Parameters
+    ----------
+    cta : int
+    request : int
+        Index into the batch.
+    kv_head : int
+    q_tile : int
+        Which tile of the group's query rows (query tokens x group size).
+    kv_begin, kv_end : int
+        Keys of the request that it reads, in tokens: ``kv_begin <= key < kv_end``. Equal where there are none.
+    complete : bool
+        Whether this is the whole group, whose result the CTA writes. Otherwise it leaves a partial state, to be
+        merged with those of the group's other segments.
+    """
+
+    cta: int
+    request: int
+    kv_head: int
+    q_tile: int
+    kv_begin: int
+    kv_end: int
+    complete: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Keys that it reads."""
+        return self.kv_end - self.kv_begin
+
+    @property
+    def group(self) -> tuple[int, int, int]:
+        """Return (request, kv_head, q_tile)."""
+        return self.request, self.kv_head, self.q_tile
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request's share of the line.
+
+    Parameters
+    ----------
+    qo_len : int
+        Query tokens; they are the last of the request's tokens.
+    kv_len : int
+        Keys, the query tokens' own included.
+    window_left : int
+        Keys before a query's own that it sees; -1: all.
+    """
+
+    qo_len: int
+    kv_len: int
+    window_left: int = -1
+
+    @property
+    def kv_begin(self) -> int:
+        """First key that any of the query tokens sees."""
+        if self.window_left < 0:
+            return 0
+        return max(max(self.kv_len - self.qo_len, 0) - self.window_left, 0)
+
+    def num_tiles(self, tile_kv: int) -> int:
+        """Tiles of `tile_kv` keys in each group. At least one: a request without keys gets its empty state."""
+        return max(_ceil_div(self.kv_len - self.kv_begin, tile_kv), 1)
+
+    def num_q_tiles(self, group_size: int, tile_q: int) -> int:
+        """Tiles of `tile_q` query rows in each KV head. None without query tokens."""
+        return _ceil_div(self.qo_len * group_size, tile_q)
+
+    def num_units(self, num_kv_heads: int, group_size: int, tile_kv: int, tile_q: int) -> int:
+        """Units of the line: the tiles of all its groups."""
+        return num_kv_heads * self.num_q_tiles(group_size, tile_q) * self.num_tiles(tile_kv)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`.
+
+    Examples
+    --------
+    >>> partition = Partition.of(18, max_ctas=4)
+    >>> [partition.begin(cta) for cta in range(partition.num_ctas + 1)]
+    [0, 5, 10, 14, 18]
+    """
+
+    num_ctas: int
+    quota: int
+    num_longer: int
+
+    @classmethod
+    def of(cls, total: int, max_ctas: int) -> Partition:
+        """Cut `total` units into at most `max_ctas` runs."""
+        most_units = max(_ceil_div(total, max_ctas), MIN_UNITS)
+        num_ctas = _ceil_div(total, most_units)
+        quota = total // max(num_ctas, 1)
+        return cls(num_ctas, quota, total - quota * num_ctas)
+
+    def begin(self, cta: int) -> int:
+        """First unit of a CTA's run, and the end of the run before."""
+        return cta * self.quota + min(cta, self.num_longer)
+
+    def cta_of(self, unit: int) -> int:
+        """Return the CTA whose run holds `unit`."""
+        in_longer = self.num_longer * (self.quota + 1)
+        if unit < in_longer:
+            return unit // (self.quota + 1)
+        return self.num_longer + (unit - in_longer) // self.quota
+
+
+@dataclass(frozen=True)
+class ScheduleFigures:
+    """A schedule in numbers.
+
+    Parameters
+    ----------
+    num_ctas : int
+        CTAs that have work.
+    longest_run : int
+        Keys that one CTA reads, at most; in tokens.
+    num_groups : int
+    num_split : int
+        Groups that lie in several runs.
+    num_partials : int
+        Partial states, of all of these.
+    longest_merge : int
+        Partial states of one group, at most; 0 where nothing is split.
+    """
+
+    num_ctas: int
+    longest_run: int
+    num_groups: int
+    num_split: int
+    num_partials: int
+    longest_merge: int
+
+
+def decode_schedule(
+    kv_lens: Sequence[int] | np.ndarray,
+    *,
+    num_kv_heads: int,
+    group_size: int,
+    tile_kv: int,
+    tile_q: int,
+    max_ctas: int,
+    qo_lens: Sequence[int] | np.ndarray | None = None,
+    window_left: int = -1,
+) -> list[Segment]:
+    """Say which CTA of a decode step reads which keys.
+
+    Parameters
+    ----------
+    kv_lens : sequence of int, shape [batch_size]
+        Keys of each request, in tokens.
+    num_kv_heads : int
+    group_size : int
+        Query heads per KV head.
+    tile_kv : int
+        Keys of a tile, in tokens.
+    tile_q : int
+        Query rows of a tile.
+    max_ctas : int
+        How many CTAs are launched. Those that the line is too short to reach have no segments.
+    qo_lens : sequence of int, shape [batch_size], optional
+        Query tokens of each request; one by default. A request without any has no segments.
+    window_left : int
+        Keys before a query's own that it sees; -1: all.
+
+    Returns
+    -------
+    list of Segment
+        In the order of the line: by request, then KV head, then query tile, then key; so also by CTA.
+
+    Raises
+    ------
+    TypeError
+        A count or a length is no integer.
+    ValueError
+        A count is not positive, a length is negative, `window_left` is less than -1, `kv_lens` or `qo_lens` is not
+        a vector, they differ in size, or the line has more than 2^31 - 1 tiles.
+
+    Examples
+    --------
+    >>> sizes = dict(num_kv_heads=1, group_size=8, tile_kv=64, tile_q=8)
+    >>> for s in decode_schedule([300, 10], max_ctas=2, **sizes):
+    ...     print(s.cta, s.request, s.kv_begin, s.kv_end, s.complete)
+    0 0 0 192 False
+    1 0 192 300 False
+    1 1 0 10 True
+    """
+    counts = {"num_kv_heads": num_kv_heads, "group_size": group_size, "tile_kv": tile_kv, "tile_q": tile_q}
+    for name, count in {**counts, "max_ctas": max_ctas}.items():
+        if operator.index(count) <= 0:
+            raise ValueError(f"decode_schedule: {name} must be positive, got {count}")
+    if operator.index(window_left) < -1:
+        raise ValueError(f"decode_schedule: window_left must be -1 or more, got {window_left}")
+    all_kv_lens = _lengths("kv_lens", kv_lens)
+    all_qo_lens = [1] * len(all_kv_lens) if qo_lens is None else _lengths("qo_lens", qo_lens)
+    if len(all_qo_lens) != len(all_kv_lens):
+        raise ValueError(
+            f"decode_schedule: qo_lens must have {len(all_kv_lens)} entries, as kv_lens has, "
+            f"got {len(all_qo_lens)}"
+        )
+
+    requests = [
+        Request(qo_len, kv_len, window_left) for qo_len, kv_len in zip(all_qo_lens, all_kv_lens, strict=True)
+    ]
+    total = sum(request.num_units(**counts) for request in requests)
+    if total > _MAX_UNITS:
+        raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 tiles, got {total}")
+    partition = Partition.of(total, max_ctas)
+    segments = []
+    unit = 0
+    for request_idx, request in enumerate(requests):
+        num_tiles = request.num_tiles(tile_kv)
+        num_q_tiles = request.num_q_tiles(group_size, tile_q)
+        for kv_head, q_tile in itertools.product(range(num_kv_heads), range(num_q_tiles)):
+            group_begin, group_end = unit, unit + num_tiles
+            while unit < group_end:
+                cta = partition.cta_of(unit)
+                end = min(partition.begin(cta + 1), group_end)
+                kv_begin = request.kv_begin + (unit - group_begin) * tile_kv
+                kv_end = min(request.kv_begin + (end - group_begin) * tile_kv, request.kv_len)
+                complete = end - unit == num_tiles
+                segments.append(Segment(cta, request_idx, kv_head, q_tile, kv_begin, kv_end, complete))
+                unit = end
+    return segments
+
+
+def schedule_figures(segments: Sequence[Segment]) -> ScheduleFigures:
+    """Count what a schedule costs.
+
+    Parameters
+    ----------
+    segments : sequence of Segment
+        As `decode_schedule` returns them.
+
+    Returns
+    -------
+    ScheduleFigures
+    """
+    runs: dict[int, int] = {}
+    partials: dict[tuple[int, int, int], int] = {}
+    for s in segments:
+        runs[s.cta] = runs.get(s.cta, 0) + s.num_tokens
+        partials[s.group] = partials.get(s.group, 0) + (not s.complete)
+    split = [count for count in partials.values() if count]
+    return ScheduleFigures(
+        num_ctas=len(runs),
+        longest_run=max(runs.values(), default=0),
+        num_groups=len(partials),
+        num_split=len(split),
+        num_partials=sum(split),
+        longest_merge=max(split, default=0),
+    )
+
+
+def draw_schedule(segments: Sequence[Segment], path: str | Path, *, title: str = "") -> None:
+    """Draw a schedule: a bar for each CTA, as long as the keys that it reads, in colours by request.
+
+    A black line marks where a group is cut: the bar's part there leaves a partial state.
+
+    Parameters
+    ----------
+    segments : sequence of Segment
+        As `decode_schedule` returns them.
+    path : str or Path
+        Where to; the suffix says the format, as ``.svg`` or ``.png``.
+    title : str
+        A line above the numbers.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        There is no matplotlib.
+    ValueError
+        matplotlib does not know the format.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figures = schedule_figures(segments)
+    # 264 bars are to stay apart, and a handful is not to become a wall.
+    height = 1.6 + min(max(0.05 * figures.num_ctas, 1.5), 14)
+    # Without pyplot there is no backend to choose, and no display is asked for.
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    palette = matplotlib.colormaps["tab10"]
+    colours = [palette(i) for i in range(palette.N)]
+    # The segments of a group follow each other on the line.
+    groups = [None, *(s.group for s in segments), None]
+    for cta, run in itertools.groupby(enumerate(segments, 1), lambda item: item[1].cta):
+        spans, faces, cuts, x = [], [], [], 0
+        for i, s in run:
+            spans.append((x, s.num_tokens))
+            faces.append(colours[s.request % len(colours)])
+            if groups[i - 1] == s.group:
+                cuts.append(x)
+            x += s.num_tokens
+            if groups[i + 1] == s.group:
+                cuts.append(x)
+        axes.broken_barh(spans, (cta - 0.4, 0.8), facecolors=faces, edgecolor="white", linewidth=0.3)
+        axes.vlines(cuts, cta - 0.45, cta + 0.45, color="black", linewidth=1.5, zorder=3)
+    longest = max(figures.longest_run, 1)
+    axes.set_xlim(-0.01 * longest, 1.01 * longest)  # the frame would hide cuts at 0
+    axes.set_ylim(max(figures.num_ctas, 1) - 0.4, -0.6)  # CTA 0 on top
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tokens that the CTA reads, in its order")
+    axes.set_ylabel("CTA")
+    numbers = (
+        f"{figures.num_ctas} CTAs, up to {figures.longest_run} tokens each; groups split: {figures.num_split} of "
+        f"{figures.num_groups}; partial states: {figures.num_partials}; longest merge: {figures.longest_merge}"
+    )
+    axes.set_title(f"{title}\n{numbers}" if title else numbers, fontsize=10)
+    _add_legend(figure, segments, colours)
+    # The same schedule draws the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "cupyattn"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
+
+
+def _add_legend(figure: Any, segments: Sequence[Segment], colours: Sequence[Any]) -> None:
+    """Name the colours: of each request while all have their own, else say that they come again."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    requests = list(dict.fromkeys(s.request for s in segments))
+    handles: list[Any]
+    if requests and max(requests) < len(colours):
+        handles = [Patch(color=colours[r], label=f"request {r}") for r in requests]
+    else:
+        handles = [
+            Patch(color=colour, label=f"request {i}, {i + len(colours)}, ...")
+            for i, colour in enumerate(colours[:2])
+        ]
+    handles.append(Line2D([], [], color="black", linewidth=1.5, label="a group is cut"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+
+
+def _lengths(name: str, lens: Sequence[int] | np.ndarray) -> list[int]:
+    array = np.asarray(lens)
+    if array.ndim != 1:
+        raise ValueError(f"decode_schedule: {name} must be a vector, got shape {list(array.shape)}")
+    if array.size == 0:
+        return []  # NumPy calls an empty list float64
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"decode_schedule: {name} must be integers, got {array.dtype}")
+    if array.min() < 0:
+        raise ValueError(f"decode_schedule: {name} must not be negative, got {array.min()}")
+    return [int(n) for n in array]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

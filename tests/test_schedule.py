@@ -1,0 +1,231 @@
+"""The partition in Python: it covers every key once, in equal runs, by the rule of ``schedule.cuh``."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cupyattn
+from cupyattn.__main__ import main
+from cupyattn.kernels import decode_config
+from cupyattn.schedule import MIN_UNITS, Partition, Request, Segment, decode_schedule, schedule_figures
+
+SIZES = {"num_kv_heads": 1, "group_size": 8, "tile_kv": 64, "tile_q": 8}
+
+
+def num_tiles(segment: Segment, tile_kv: int) -> int:
+    return max(-(-segment.num_tokens // tile_kv), 1)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    tile_kv = draw(st.sampled_from((1, 32, 64)))
+    edges = st.sampled_from([n * tile_kv + d for n in (1, 2, 5) for d in (-1, 0, 1)])
+    kv_lens = draw(st.lists(st.one_of(st.just(0), edges, st.integers(0, 40 * tile_kv)), max_size=8))
+    batch = len(kv_lens)
+    return {
+        "kv_lens": kv_lens,
+        "qo_lens": draw(st.none() | st.lists(st.integers(0, 9), min_size=batch, max_size=batch)),
+        "num_kv_heads": draw(st.integers(1, 4)),
+        "group_size": draw(st.sampled_from((1, 3, 8, 16))),
+        "tile_kv": tile_kv,
+        "tile_q": draw(st.sampled_from((8, 16))),
+        "max_ctas": draw(st.one_of(st.integers(1, 20), st.just(264))),
+        "window_left": draw(st.one_of(st.just(-1), st.integers(0, 6 * tile_kv))),
+    }
+
+
+@given(problems())
+def test_every_key_of_every_group_is_read_once_and_in_order(problem: dict[str, Any]) -> None:
+    segments = decode_schedule(**problem)
+    qo_lens = problem["qo_lens"] or [1] * len(problem["kv_lens"])
+    expected_groups = []
+    for request, (qo_len, kv_len) in enumerate(zip(qo_lens, problem["kv_lens"], strict=True)):
+        rows = qo_len * problem["group_size"]
+        q_tiles = range(0, rows, problem["tile_q"])
+        for kv_head in range(problem["num_kv_heads"]):
+            expected_groups += [(request, kv_head, q_tile, kv_len, qo_len) for q_tile in range(len(q_tiles))]
+
+    found = [(group, list(parts)) for group, parts in itertools.groupby(segments, lambda s: s.group)]
+    assert [group for group, _ in found] == [expected[:3] for expected in expected_groups]
+    for (_, parts), (*_, kv_len, qo_len) in zip(found, expected_groups, strict=True):
+        # What the first query token sees, and all that come after it.
+        window, first_query = problem["window_left"], max(kv_len - qo_len, 0)
+        assert parts[0].kv_begin == (0 if window < 0 else max(first_query - window, 0))
+        assert parts[-1].kv_end == kv_len
+        for before, after in itertools.pairwise(parts):
+            assert before.kv_end == after.kv_begin
+            assert before.num_tokens > 0
+            assert before.num_tokens % problem["tile_kv"] == 0
+        assert parts[-1].num_tokens > 0 or len(parts) == 1
+        assert [s.complete for s in parts] == [len(parts) == 1] * len(parts)
+
+
+@given(problems())
+def test_runs_are_equal_and_none_is_empty(problem: dict[str, Any]) -> None:
+    segments = decode_schedule(**problem)
+    runs = [list(run) for _, run in itertools.groupby(segments, lambda s: s.cta)]
+    assert [run[0].cta for run in runs] == list(range(len(runs)))
+    assert len(runs) <= problem["max_ctas"]
+    sizes = [sum(num_tiles(s, problem["tile_kv"]) for s in run) for run in runs]
+    assert sizes == sorted(sizes, reverse=True)
+    if sizes:
+        assert sizes[0] - sizes[-1] <= 1
+        assert sizes[0] <= max(-(-sum(sizes) // problem["max_ctas"]), MIN_UNITS)
+    for run in runs:
+        # Entered halfway, or left halfway: nothing between is partial.
+        assert all(s.complete for s in run[1:-1])
+        assert sum(not s.complete for s in run) <= 2
+
+
+@given(st.integers(0, 5000), st.integers(1, 600))
+def test_cta_of_inverts_begin(total: int, max_ctas: int) -> None:
+    partition = Partition.of(total, max_ctas)
+    assert partition.num_ctas <= max_ctas
+    assert partition.begin(0) == 0
+    assert partition.begin(partition.num_ctas) == total
+    for cta in range(partition.num_ctas):
+        begin, end = partition.begin(cta), partition.begin(cta + 1)
+        assert begin < end
+        assert partition.cta_of(begin) == partition.cta_of(end - 1) == cta
+
+
+def test_the_example_of_the_header() -> None:
+    segments = decode_schedule([7 * 64, 4 * 64, 7 * 64], max_ctas=4, **SIZES)
+    runs = [[s for s in segments if s.cta == cta] for cta in range(4)]
+    assert [sum(num_tiles(s, 64) for s in run) for run in runs] == [5, 5, 4, 4]
+    assert [[s.request for s in run] for run in runs] == [[0], [0, 1], [1, 2], [2]]
+    figures = schedule_figures(segments)
+    assert (figures.num_groups, figures.num_split, figures.num_partials) == (3, 3, 6)
+    assert (figures.num_ctas, figures.longest_run, figures.longest_merge) == (4, 320, 2)
+    text = re.sub(r"\s+", " ", header())
+    assert "7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 4 + 4" in text
+    assert "1024 units on 264 CTAs are 256 runs of 4" in text
+    assert Partition.of(1024, 264) == Partition(num_ctas=256, quota=4, num_longer=0)
+
+
+def header() -> str:
+    return (Path(cupyattn.get_include()) / "cupyattn" / "schedule.cuh").read_text()
+
+
+def test_constants_are_the_header_s() -> None:
+    found = re.search(r"\bkMinUnits = (\d+);", header())
+    assert found is not None
+    assert int(found[1]) == MIN_UNITS
+
+
+def test_requests_without_keys_or_queries() -> None:
+    assert decode_schedule([], max_ctas=4, **SIZES) == []
+    assert decode_schedule([0], max_ctas=4, **SIZES) == [Segment(0, 0, 0, 0, 0, 0, True)]
+    segments = decode_schedule([100, 0, 100], qo_lens=[0, 1, 0], max_ctas=4, **SIZES)
+    assert [(s.request, s.kv_begin, s.kv_end) for s in segments] == [(1, 0, 0)]
+    assert schedule_figures([]).longest_run == 0
+
+
+def test_a_window_cuts_the_keys_that_no_query_token_sees() -> None:
+    assert Request(qo_len=1, kv_len=1000, window_left=99).kv_begin == 900  # 99 before the query's own
+    assert Request(qo_len=3, kv_len=1000, window_left=99).kv_begin == 898
+    assert Request(qo_len=9, kv_len=4, window_left=0).kv_begin == 0
+    (segment,) = decode_schedule([1000], max_ctas=1, window_left=99, **SIZES)
+    assert (segment.kv_begin, segment.kv_end, segment.complete) == (900, 1000, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"tile_kv": 0}, ValueError, "tile_kv must be positive, got 0"),
+        ({"max_ctas": -1}, ValueError, "max_ctas must be positive, got -1"),
+        ({"num_kv_heads": 1.5}, TypeError, "integer"),
+        ({"window_left": -2}, ValueError, "window_left must be -1 or more, got -2"),
+        ({"kv_lens": [3, -1]}, ValueError, "kv_lens must not be negative, got -1"),
+        ({"kv_lens": [3.5, 1]}, TypeError, "kv_lens must be integers, got float64"),
+        ({"kv_lens": [[3, 1]]}, ValueError, r"kv_lens must be a vector, got shape \[1, 2\]"),
+        ({"qo_lens": [1]}, ValueError, "qo_lens must have 2 entries, as kv_lens has, got 1"),
+        ({"kv_lens": [2**31 * 64, 1]}, ValueError, r"up to 2\^31 - 1 tiles, got 2147483649"),
+    ],
+)
+def test_errors_name_the_argument(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        decode_schedule(**({"kv_lens": [3, 1], "max_ctas": 4, **SIZES} | changed))
+
+
+# -- the command line --
+
+LENS = ("schedule", "--lens", "65536", *["256"] * 64)
+
+
+def test_cli_says_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(list(LENS)) == 0
+    rows = dict(re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())
+    config = decode_config("sm_90a", 128, 8)
+    figures = schedule_figures(
+        decode_schedule(
+            [65536] + [256] * 64,
+            num_kv_heads=1,
+            group_size=8,
+            tile_kv=config.tile_kv,
+            tile_q=config.tile_q,
+            max_ctas=132 * config.ctas_per_sm,
+        )
+    )
+    assert rows == {
+        "CTAs": f"{figures.num_ctas} of {132 * config.ctas_per_sm}",
+        "longest run": f"{figures.longest_run} tokens",
+        "groups split": f"{figures.num_split} of 65",
+        "partial states": str(figures.num_partials),
+        "longest merge": str(figures.longest_merge),
+    }
+    assert figures.num_partials == figures.longest_merge + 2 * (
+        figures.num_split - 1
+    )  # the long one, others in 2
+
+
+@pytest.mark.parametrize(
+    "lens", [LENS, ("schedule", "--lens", "900", "0", "300"), ("schedule", "--lens", "0")]
+)
+def test_cli_draws(lens: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    first, second = tmp_path / "a.svg", tmp_path / "b.svg"
+    for path in (first, second):
+        assert main([*lens, "--num-sms", "2", "--out", str(path)]) == 0
+    assert "<svg" in first.read_text()
+    assert first.read_bytes() == second.read_bytes()
+    assert main([*lens, "--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_cli_names_the_extra_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*LENS, "--out", str(tmp_path / "x.svg")]) == 2
+    assert "pip install 'cupyattn[bench]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-qo-heads", "6", "--num-kv-heads", "4"), "--num-qo-heads must be a positive multiple"),
+        (("--num-sms", "0"), "max_ctas must be positive"),
+        (("--arch", "ampere"), "--arch must look like sm_90a, got ampere"),
+        (("--out", "x.txt"), "--out must end in .svg or .png, got x.txt"),
+    ],
+)
+def test_cli_errors(options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LENS, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cli_says_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main([*LENS, "--out", str(tmp_path / "missing" / "x.svg")]) == 2
+    assert "cannot write" in capsys.readouterr().err
