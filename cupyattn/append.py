@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
-from cupyattn.cache import PagedKVCache, PageTable, as_cache
+from cupyattn.cache import PagedKVCache, PageTable, as_cache, as_operand
 from cupyattn.plan import Plan, PlanCache
 from cupyattn.rope import Rope
 from cupyattn.runtime.registry import get_kernel
@@ -91,16 +91,15 @@ def append(
         return interop.call(
             append, k, k, v, cache, pages, qo_indptr=qo_indptr, rope=rope, q=q, q_out=q_out, validate=validate
         )
-    if not isinstance(cache, PagedKVCache):
-        cache = checks.as_pair("append", cache)
+    held = as_operand("append", cache)
     if not isinstance(pages, PageTable):
         raise TypeError(f"append: pages must be a PageTable, got {type(pages).__name__}")
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"append: rope must be a Rope, got {type(rope).__name__}")
-    operands = (k, v, cache, q, q_out, qo_indptr, pages)
+    operands = (k, v, held, q, q_out, qo_indptr, pages)
     plan, place = _plans.find(operands, rope)
     if validate:
-        cache = as_cache(cache)
+        cache = as_cache(held)
         checks.validate_pages(
             "append", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
             num_tokens=k.shape[0],
@@ -110,8 +109,8 @@ def append(
 
 class _AppendPlan(Plan):
     caller = "append"
-    array_names = (
-        "k", "v", "k_pages", "v_pages", "q", "q_out", "qo_indptr", "kv_indptr", "kv_indices", "kv_lens",
+    operand_names = (
+        "k", "v", ("k_pages", "v_pages"), "q", "q_out", "qo_indptr", ("kv_indptr", "kv_indices", "kv_lens"),
     )  # fmt: skip
     written = ("k_pages", "v_pages", "q_out")
     apart = (

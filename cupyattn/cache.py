@@ -300,9 +300,26 @@ def _page_token_head(strides: tuple[int, ...], layout: str) -> tuple[int, int, i
     return (page, token, head) if layout == "NHD" else (page, head, token)
 
 
-def as_cache(cache: PagedKVCache | tuple[Any, Any]) -> PagedKVCache:
-    """Return `cache` itself, or a pair (k_pages, v_pages) in NHD layout as one."""
-    return cache if isinstance(cache, PagedKVCache) else PagedKVCache(*cache)
+class PagePair(ArrayGroup):
+    """What a caller gave as a plain pair (k_pages, v_pages); not checked yet."""
+
+    __slots__ = ("k_pages", "v_pages")
+
+    k_pages: Any
+    v_pages: Any
+
+
+def as_operand(caller: str, cache: PagedKVCache | tuple[Any, Any]) -> PagedKVCache | PagePair:
+    """Return `cache` itself, or a plain pair as one operand, which a plan checks once per signature."""
+    if isinstance(cache, PagedKVCache):
+        return cache
+    k_pages, v_pages = checks.as_pair(caller, cache)
+    return PagePair({"k_pages": k_pages, "v_pages": v_pages})
+
+
+def as_cache(operand: PagedKVCache | PagePair) -> PagedKVCache:
+    """Return the operand as a cache; a pair is in NHD layout, and is checked now."""
+    return operand if isinstance(operand, PagedKVCache) else PagedKVCache(operand.k_pages, operand.v_pages)
 
 
 class OutOfPages(RuntimeError):

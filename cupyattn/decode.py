@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
-from cupyattn.cache import PagedKVCache, PageTable, as_cache
+from cupyattn.cache import PagedKVCache, PageTable, as_cache, as_operand
 from cupyattn.plan import Plan, PlanCache
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.launch import Launcher
@@ -115,11 +115,10 @@ def decode(
             logits_soft_cap=logits_soft_cap, return_lse=return_lse, out=out, lse=lse, workspace=workspace,
             pdl=pdl, validate=validate,
         )  # fmt: skip
-    if not isinstance(cache, PagedKVCache):
-        cache = checks.as_pair("decode", cache)
+    held = as_operand("decode", cache)
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode: pages must be a PageTable, got {type(pages).__name__}")
-    operands = (q, cache, pages, qo_indptr, out, lse, workspace)
+    operands = (q, held, pages, qo_indptr, out, lse, workspace)
     plan, place = _plans.find(operands)
     sm_scale = plan.sm_scale if sm_scale is None else checks.as_finite("decode: sm_scale", sm_scale)
     logits_soft_cap = checks.as_finite("decode: logits_soft_cap", logits_soft_cap)
@@ -130,7 +129,7 @@ def decode(
         raise ValueError(f"decode: window_left must be within -1..2**31 - 1, got {window_left}")
     checks.check_bool("decode: pdl", pdl)
     if validate:
-        _validate(q, as_cache(cache), pages, qo_indptr, workspace, window_left)
+        _validate(q, as_cache(held), pages, qo_indptr, workspace, window_left)
     out, lse = plan.run(operands, place, sm_scale, window_left, logits_soft_cap, return_lse, pdl)
     return (out, lse) if return_lse else out
 
@@ -165,20 +164,16 @@ def _validate(
         raise ValueError(f"decode: workspace must have zeros in its first {_COUNTER_BYTES} bytes, got others")
 
 
-_ARRAY_NAMES = (
-    "q", "k_pages", "v_pages", "kv_indptr", "kv_indices", "kv_lens", "qo_indptr", "out", "lse", "workspace",
-)  # fmt: skip
+_TABLES = ("kv_indptr", "kv_indices", "kv_lens")
+_INPUTS = ("q", "k_pages", "v_pages", *_TABLES, "qo_indptr")
+_OUTPUTS = ("out", "lse", "workspace")
 
 
 class _DecodePlan(Plan):
     caller = "decode"
-    array_names = _ARRAY_NAMES
+    operand_names = ("q", ("k_pages", "v_pages"), _TABLES, "qo_indptr", *_OUTPUTS)
     written = ("out", "lse")
-    apart = tuple(
-        (written, other)
-        for written in ("out", "lse", "workspace")
-        for other in _ARRAY_NAMES[: _ARRAY_NAMES.index(written)]
-    )
+    apart = tuple((a, b) for i, a in enumerate(_OUTPUTS) for b in (*_INPUTS, *_OUTPUTS[:i]))
 
     def __init__(self, operands: tuple[Any, ...]) -> None:
         super().__init__(operands)
@@ -312,7 +307,7 @@ class _CupyPlan(_DecodePlan):
     def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
         super().check_addresses(arrays, place)
         if self.has_work:
-            for name, address in zip(_ARRAY_NAMES, place, strict=True):
+            for name, address in zip(self.array_names, place, strict=True):
                 if name in ("q", "k_pages", "v_pages", "out", "workspace") and address % 16:
                     raise ValueError(f"decode: {name} must be aligned to 16 bytes, got address {address:#x}")
 

@@ -111,7 +111,7 @@ class _MergePlan(Plan):
     """`axis` is None where the states are separate arrays, one or two."""
 
     caller = "merge_states"
-    array_names = ("out", "lse", "out[1]", "lse[1]", "into[0]", "into[1]")
+    operand_names = ("out", "lse", "out[1]", "lse[1]", "into[0]", "into[1]")
     written = ("into[0]", "into[1]")
     apart = (("into[1]", "into[0]"),)
 

@@ -2,8 +2,8 @@
 
 A *signature* is all of a call that its checks and its launch configuration depend on, apart from values in
 device memory: types, shapes, strides, dtypes and devices of the arrays. Behind it stands the *plan* that was
-made when the signature was first seen. *Operands* of a call are arrays, None, and groups of them: tuples, or
-objects that know their own signature and addresses.
+made when the signature was first seen. *Operands* of a call are arrays, groups of arrays, and None; the *place*
+of a call is where in memory its arrays lie.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUMPY_TYPES = (np.ndarray, np.generic)
 
 
 class ArrayGroup:
-    """Arrays that are passed as one. Immutable, so that its signature and addresses are found only once.
+    """Arrays that are passed as one. Immutable, so that their signature and addresses are found only once.
 
     Parameters
     ----------
@@ -90,10 +90,6 @@ def look(operands: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
             number, addresses = a._seen or a._look()
             signatures.append(number)
             place += addresses
-        elif type(a) is tuple:
-            inner, addresses = look(a)
-            signatures.append(inner)
-            place += addresses
         elif isinstance(a, _NUMPY_TYPES):
             signatures.append((a.shape, a.strides, a.dtype))
             place.append(checks.data_pointer(a))
@@ -108,7 +104,7 @@ def flatten(operands: Sequence[Any]) -> tuple[Any, ...]:
     """Return the arrays of all operands, those of groups one by one."""
     found: list[Any] = []
     for a in operands:
-        found += a._arrays if isinstance(a, ArrayGroup) else a if type(a) is tuple else (a,)
+        found += a._arrays if isinstance(a, ArrayGroup) else (a,)
     return tuple(found)
 
 
@@ -119,8 +115,10 @@ class Plan:
     ----------
     caller : str
         The public function, for messages.
+    operand_names : tuple of str or tuple of str
+        The arguments, in order; a group's entry names its arrays.
     array_names : tuple of str
-        Of all arrays, in the order of `flatten(operands)`.
+        The same for `flatten(operands)`.
     written : tuple of str
         Those of them that the operation writes.
     apart : tuple of (str, str)
@@ -134,18 +132,20 @@ class Plan:
     """
 
     caller: ClassVar[str]
-    array_names: ClassVar[tuple[str, ...]]
+    operand_names: ClassVar[tuple[str | tuple[str, ...], ...]]
     written: ClassVar[tuple[str, ...]]
     apart: ClassVar[tuple[tuple[str, str], ...]]
     may_coincide: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     def __init__(self, operands: Sequence[Any]) -> None:
-        arrays = flatten(operands)
-        named = dict(zip(self.array_names, arrays, strict=True))
+        named: dict[str, Any] = {}
+        for names, a in zip(self.operand_names, operands, strict=True):
+            named |= {names: a} if isinstance(names, str) else dict(zip(names, a._arrays, strict=True))
         checks.check_same_framework(self.caller, named)
+        self.array_names = tuple(named)
         self.device: int | None = None
         self.xp: Any = np
-        if checks.framework_of(arrays[0]) != "numpy":
+        if checks.framework_of(operands[0]) != "numpy":
             self.device = checks.check_same_device(self.caller, named)
             import cupy
 
@@ -157,6 +157,7 @@ class Plan:
             if a in index and b in index:
                 or_same = (a, b) in self.may_coincide and named[a].strides == named[b].strides
                 self._apart.append((index[a], index[b], or_same))
+        arrays = tuple(named.values())
         self._extents = {i: _extent(arrays[i]) for *pair, _ in self._apart for i in pair}
 
     def run(self, operands: Sequence[Any], place: tuple[int, ...], *settings: Any) -> Any:
@@ -206,11 +207,11 @@ class PlanCache(Generic[_Plan]):
         """Return the plan for these operands and (hashable) settings, which its class gets too, and the place."""
         try:
             signatures, place = look(operands)
-        except AttributeError:  # something is no array of NumPy or CuPy: the checks say what
+            key = settings, signatures
+            plan = self._plans.get(key)
+        except (AttributeError, TypeError):  # something is no array of NumPy or CuPy: the checks say what
             self._make(operands, *settings)
             raise
-        key = (settings, signatures)
-        plan = self._plans.get(key)
         if plan is None:
             plan = self._make(operands, *settings)
             if len(self._plans) >= _MAX_PLANS:
@@ -221,7 +222,7 @@ class PlanCache(Generic[_Plan]):
     def _make(self, operands: Sequence[Any], *settings: Any) -> _Plan:
         numpy_plan, cupy_plan = self._backends
         first = operands[0]
-        checks.check_is_array(f"{numpy_plan.caller}: {numpy_plan.array_names[0]}", first)
+        checks.check_is_array(f"{numpy_plan.caller}: {numpy_plan.operand_names[0]}", first)
         backend = numpy_plan if checks.framework_of(first) == "numpy" else cupy_plan
         return backend(operands, *settings)
 

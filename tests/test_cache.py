@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 from problems import STORAGES, build_problem, to_host
 
 from cupyattn.cache import PagedKVCache, PageTable
+from cupyattn.plan import look
 
 
 def i4(*values):
@@ -76,6 +78,25 @@ def test_a_table_is_immutable():
     with pytest.raises(AttributeError, match="cannot delete kv_lens"):
         del table.kv_lens
     table.kv_lens[0] = 1  # its arrays are the caller's
+
+
+def test_a_cache_is_immutable():
+    cache = PagedKVCache.allocate(2, 4, 1, 8)
+    for name in ("k_pages", "layout", "other"):
+        with pytest.raises(AttributeError, match=f"PagedKVCache is immutable: cannot set {name}"):
+            setattr(cache, name, cache.v_pages)
+    cache.k_pages[0] = 1  # its arrays are the caller's
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_a_cache_survives_copying(again):
+    cache = PagedKVCache.allocate(2, 4, 3, 8, layout="HND")
+    cache.k_pages[1] = 1
+    look((cache,))  # what was seen of the arrays is not copied
+    other = again(cache)
+    assert (other.layout, other.k_strides, other.v_strides) == ("HND", cache.k_strides, cache.v_strides)
+    assert np.array_equal(other.k_pages, cache.k_pages)
+    assert look((other,))[1] == tuple(a.ctypes.data for a in (other.k_pages, other.v_pages))
 
 
 def test_a_table_survives_pickling():
