@@ -2,7 +2,7 @@
 
 from cupyattn.append import append
 from cupyattn.cache import OutOfPages, PageAllocator, PagedKVCache, PageTable
-from cupyattn.decode import decode, decode_workspace
+from cupyattn.decode import decode, decode_workspace, decode_workspace_bytes
 from cupyattn.interop import get_array_module
 from cupyattn.merge import merge_states
 from cupyattn.rope import Rope
@@ -20,6 +20,7 @@ __all__ = [
     "append",
     "decode",
     "decode_workspace",
+    "decode_workspace_bytes",
     "get_array_module",
     "get_include",
     "get_kernel",

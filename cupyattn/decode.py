@@ -17,10 +17,11 @@ from cupyattn.runtime.launch import Launcher
 from cupyattn.runtime.registry import get_kernel
 from cupyattn.runtime.workspace import default_workspace, zeroed
 
-# Arrival counters come first in a workspace and are zero between launches. Their region has one size, so
+# Counters of groups come first in a workspace and are zero between launches. Their region has one size, so
 # that calls of every shape can share a workspace: no call's partial states lie where another's counters do.
 _MAX_CTAS = 4096
-_COUNTER_BYTES = 4 * kernels.MAX_MERGE_LEVELS * 2 * _MAX_CTAS
+_MAX_SLOTS = 2**17
+_COUNTER_BYTES = 8 * _MAX_SLOTS
 
 
 def decode(
@@ -37,6 +38,7 @@ def decode(
     lse: Any = None,
     workspace: Any = None,
     pdl: bool = False,
+    fixed_split_size: int | None = None,
     validate: bool = False,
 ) -> Any:
     """Attention of each request's newest tokens over its keys and values in a paged cache.
@@ -79,6 +81,11 @@ def decode(
         finishing. The caller promises that that kernel, the immediately preceding one, does not write `kv_lens`,
         `kv_indptr`, `kv_indices` or `qo_indptr`. It may write `q` and the cache: those are read when it has
         finished. No effect on NumPy, which has no stream.
+    fixed_split_size : int, optional
+        Batch-invariant mode: keys are cut every so many tokens (a power of two, at least 64; 2048 is a good
+        one), whoever shares the batch, so that a request's result does not depend on its neighbours, bitwise. By
+        default cuts are where the GPU is loaded evenly. Each cut leaves a partial state of 4 bytes a query head
+        and dimension: see `decode_workspace_bytes`. On NumPy every request is computed on its own anyway.
     validate : bool
         Check the values of tables, lengths and offsets, which needs a copy to the host and waits for it.
         Takes padding rows for a mistake: `qo_indptr` must end at the number of tokens.
@@ -94,8 +101,9 @@ def decode(
     TypeError
         A dtype or framework does not fit.
     ValueError
-        A shape, stride, alignment, device or number does not fit, or `out` overlaps an input; with
-        `validate`, a length, page id or offset is out of range. Nothing is written.
+        A shape, stride, alignment, device or number does not fit, `out` overlaps an input, or the tables have
+        room for more than 2^17 fixed splits; with `validate`, a length, page id or offset is out of range.
+        Nothing is written.
 
     Notes
     -----
@@ -113,13 +121,15 @@ def decode(
         return interop.call(
             decode, q, q, cache, pages, qo_indptr=qo_indptr, sm_scale=sm_scale, window_left=window_left,
             logits_soft_cap=logits_soft_cap, return_lse=return_lse, out=out, lse=lse, workspace=workspace,
-            pdl=pdl, validate=validate,
+            pdl=pdl, fixed_split_size=fixed_split_size, validate=validate,
         )  # fmt: skip
     held = as_operand("decode", cache)
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode: pages must be a PageTable, got {type(pages).__name__}")
     operands = (q, held, pages, qo_indptr, out, lse, workspace)
-    plan, place = _plans.find(operands)
+    if fixed_split_size is not None:
+        fixed_split_size = checks.as_index("decode: fixed_split_size", fixed_split_size)
+    plan, place = _plans.find(operands, fixed_split_size)
     sm_scale = plan.sm_scale if sm_scale is None else checks.as_finite("decode: sm_scale", sm_scale)
     logits_soft_cap = checks.as_finite("decode: logits_soft_cap", logits_soft_cap)
     if logits_soft_cap < 0:
@@ -134,8 +144,8 @@ def decode(
     return (out, lse) if return_lse else out
 
 
-def decode_workspace(device: int | None = None) -> Any:
-    """Allocate a workspace for `decode`, large enough for every call on that device.
+def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
+    """Allocate a workspace for `decode`, large enough for every call on that device without `fixed_split_size`.
 
     Its first bytes are counters that must be zero between launches; `decode` leaves them so.
 
@@ -143,6 +153,8 @@ def decode_workspace(device: int | None = None) -> Any:
     ----------
     device : int, optional
         Device id; the current one by default.
+    num_bytes : int
+        Its size at least. Calls with `fixed_split_size` may need more: `decode_workspace_bytes` says how much.
 
     Returns
     -------
@@ -150,7 +162,45 @@ def decode_workspace(device: int | None = None) -> Any:
         About 18 MB on an H100.
     """
     properties = device_properties(device)
-    return zeroed(_workspace_bytes(properties.id), properties.id)
+    num_bytes = checks.as_index("decode_workspace: num_bytes", num_bytes)
+    return zeroed(max(_workspace_bytes(properties.id), num_bytes), properties.id)
+
+
+def decode_workspace_bytes(
+    q: Any,
+    cache: PagedKVCache | tuple[Any, Any],
+    pages: PageTable,
+    *,
+    qo_indptr: Any = None,
+    fixed_split_size: int | None = None,
+) -> int:
+    """Say how large a workspace must be for calls of `decode` with arrays like these.
+
+    With `fixed_split_size` it has a slot for every split that the page table has room for, each with the states of a
+    tile of query rows (8 for up to 8 query heads a KV head): 35 MB for 64 requests of up to 32768 tokens, 8 KV heads
+    of 128 dimensions, splits of 2048.
+
+    Parameters
+    ----------
+    q, cache, pages, qo_indptr, fixed_split_size
+        As for `decode`; arrays of CuPy. Nothing is read or written.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `decode` does; TypeError for arrays that are not CuPy's.
+    """
+    checks.check_is_array("decode_workspace_bytes: q", q)
+    if checks.framework_of(q) != "cupy":
+        raise TypeError(f"decode_workspace_bytes: q must be a CuPy array, got {type(q).__name__}")
+    operands = (q, as_operand("decode", cache), pages, qo_indptr, None, None, None)
+    plan, _ = _plans.find(operands, fixed_split_size)
+    return plan.needed_bytes
 
 
 def _validate(
@@ -175,9 +225,14 @@ class _DecodePlan(Plan):
     written = ("out", "lse")
     apart = tuple((a, b) for i, a in enumerate(_OUTPUTS) for b in (*_INPUTS, *_OUTPUTS[:i]))
 
-    def __init__(self, operands: tuple[Any, ...]) -> None:
+    needed_bytes = 0  # of workspace
+
+    def __init__(self, operands: tuple[Any, ...], fixed_split_size: int | None) -> None:
         super().__init__(operands)
         q, cache, pages, qo_indptr, out, lse, workspace = operands
+        size = self.fixed_split_size = fixed_split_size
+        if size is not None and (size < 64 or size & (size - 1)):
+            raise ValueError(f"decode: fixed_split_size must be a power of two of at least 64, got {size}")
         cache = as_cache(cache)
         signature = {
             "q": (q, "batch num_qo_heads head_dim" if qo_indptr is None else "total_q num_qo_heads head_dim"),
@@ -204,10 +259,10 @@ class _DecodePlan(Plan):
         if lse is not None:
             checks.check_dtype("decode: lse", lse, "float32")
         self.sm_scale = 1.0 / math.sqrt(cache.head_dim)
-        self._prepare(q, cache, pages, out, lse, workspace)
+        self._prepare(q, cache, pages, qo_indptr is None, out, lse, workspace)
 
     def _prepare(
-        self, q: Any, cache: PagedKVCache, pages: PageTable, out: Any, lse: Any, workspace: Any
+        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any, workspace: Any
     ) -> None:
         """Settle what only this backend needs. No array may be kept: a plan outlives them."""
         raise NotImplementedError
@@ -215,7 +270,7 @@ class _DecodePlan(Plan):
 
 class _NumpyPlan(_DecodePlan):
     def _prepare(
-        self, q: Any, cache: PagedKVCache, pages: PageTable, out: Any, lse: Any, workspace: Any
+        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any, workspace: Any
     ) -> None:
         if workspace is not None:
             raise TypeError("decode: workspace is for CUDA arrays, got one with NumPy arrays")
@@ -255,7 +310,7 @@ class _CupyPlan(_DecodePlan):
     device: int
 
     def _prepare(
-        self, q: Any, cache: PagedKVCache, pages: PageTable, out: Any, lse: Any, workspace: Any
+        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any, workspace: Any
     ) -> None:
         checks.check_dtype("decode: q", q, kernels.DECODE_DTYPES)
         if cache.head_dim not in kernels.DECODE_HEAD_DIMS:
@@ -265,27 +320,36 @@ class _CupyPlan(_DecodePlan):
             if a is not None:
                 checks.check_aligned_strides(f"decode: {name}", a)
         self.needed_bytes = _workspace_bytes(self.device)
-        if workspace is not None:
-            checks.check_dtype("decode: workspace", workspace, "uint8")
-            if workspace.ndim != 1 or workspace.nbytes < self.needed_bytes or workspace.strides[0] != 1:
-                raise ValueError(
-                    f"decode: workspace must be contiguous, of at least {self.needed_bytes} bytes (see "
-                    f"decode_workspace), got shape {list(workspace.shape)}"
-                )
-
         num_tokens, num_qo_heads, head_dim = q.shape
         batch_size, group_size = pages.batch_size, num_qo_heads // cache.num_kv_heads
         self.has_work = num_tokens > 0 and batch_size > 0
         if not self.has_work:
+            self._check_workspace(workspace)
             return
-        # Rows that a KV head's tile holds on average; the device finds the true counts. Any choice is right.
-        rows = -(-num_tokens // batch_size) * group_size
+        # Rows that a KV head's tile holds on average; the device finds the true counts. Any choice is right, but
+        # another one rounds differently: a batch-invariant one must not depend on the batch.
+        rows = group_size if self.fixed_split_size else -(-num_tokens // batch_size) * group_size
         config = kernels.decode_config(device_properties(self.device).arch, head_dim, rows)
-        template = kernels.decode_template(checks.dtype_name(q), head_dim, config)
+        size = self.fixed_split_size
+        template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
         kernel = get_kernel("decode", *template, device=self.device)
         num_ctas, shared_bytes = _grid(kernel, config, head_dim)
+        split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
+        if size is not None:
+            split_shift = (size // config.tile_kv).bit_length() - 1
+            num_q_tiles = -(-(1 if single else num_tokens) * group_size // config.tile_q)
+            max_splits = num_slots = (
+                cache.num_kv_heads * num_q_tiles * self._max_splits_a_head(size, cache, pages)
+            )
+            if max_splits > _MAX_SLOTS:
+                raise ValueError(
+                    f"decode: fixed_split_size = {size} makes up to {max_splits} splits of what the "
+                    f"page table has room for, more than {_MAX_SLOTS}"
+                )
         self.lse_offset = _COUNTER_BYTES
-        self.out_offset = self.lse_offset + 4 * kernels.MAX_MERGE_LEVELS * 2 * num_ctas * config.tile_q
+        self.out_offset = self.lse_offset + 4 * num_slots * config.tile_q
+        self.needed_bytes = max(self.needed_bytes, self.out_offset + 4 * num_slots * config.tile_q * head_dim)
+        self._check_workspace(workspace)
         self.prepare = functools.partial(
             kernel.prepare, num_ctas, config.num_threads, shared_mem=shared_bytes
         )
@@ -301,8 +365,26 @@ class _CupyPlan(_DecodePlan):
         self.constants = (
             *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *strides_of_out, *strides_of_lse,
             batch_size, cache.num_kv_heads, *kernels.divisor(group_size), *kernels.divisor(cache.page_size),
-            table_row_stride, num_table_entries,
+            table_row_stride, num_table_entries, split_shift, max_splits,
         )  # fmt: skip
+
+    @staticmethod
+    def _max_splits_a_head(size: int, cache: PagedKVCache, pages: PageTable) -> int:
+        """Bound the fixed splits of all requests in one KV head and tile of query rows, from shapes alone."""
+        tokens = int(pages.kv_indices.size) * cache.page_size
+        if pages.is_dense and tokens:  # all rows are as long as the longest may be
+            return pages.batch_size * -(-tokens // pages.batch_size // size)
+        return pages.batch_size + tokens // size
+
+    def _check_workspace(self, workspace: Any) -> None:
+        if workspace is None:
+            return
+        checks.check_dtype("decode: workspace", workspace, "uint8")
+        if workspace.ndim != 1 or workspace.nbytes < self.needed_bytes or workspace.strides[0] != 1:
+            raise ValueError(
+                f"decode: workspace must be contiguous, of at least {self.needed_bytes} bytes (see "
+                f"decode_workspace_bytes), got shape {list(workspace.shape)}"
+            )
 
     def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
         super().check_addresses(arrays, place)
@@ -373,7 +455,7 @@ def _grid(kernel: Any, config: kernels.DecodeConfig, head_dim: int) -> tuple[int
 
 @functools.cache
 def _workspace_bytes(device: int) -> int:
-    """Return the bytes that the hungriest shape of the kernel needs: counters, then two states a CTA.
+    """Return the bytes that the hungriest shape of the kernel needs: counters, then partial states.
 
     The number of CTAs is bounded by shared memory alone here, so that nothing is compiled to find it.
     """
@@ -383,5 +465,5 @@ def _workspace_bytes(device: int) -> int:
         for config in kernels.decode_configs(properties.arch, head_dim):
             per_sm = properties.max_shared_per_sm // config.shared_bytes(head_dim)
             num_ctas = min(per_sm * properties.num_sms, _MAX_CTAS)
-            most = max(most, 4 * 2 * num_ctas * config.tile_q * (head_dim + kernels.MAX_MERGE_LEVELS))
+            most = max(most, 4 * 2 * num_ctas * config.tile_q * (head_dim + 1))
     return _COUNTER_BYTES + most

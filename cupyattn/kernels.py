@@ -21,7 +21,6 @@ DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 _KiB = 1024
 _RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
 _STATIC_SHARED_BYTES = 2 * _KiB  # at most: what decode.cu declares with a fixed size
-MAX_MERGE_LEVELS = 3  # Partials::kMaxLevels of merge_tree.cuh
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
     arch : str
     head_dim : int
     rows : int
-        Query rows (query tokens x group size) per KV head. Up to 16, all warps share them and split the keys;
-        with more, each warp takes rows of its own.
+        Query rows (query tokens x group size) per KV head. Up to 32 (16 where head_dim > 128), all warps share
+        them and split the keys; with more, each warp takes rows of its own.
 
     Notes
     -----
@@ -79,8 +78,8 @@ def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
     third 13 to 30% everywhere.
     """
     per_sm = shared_bytes_per_sm(arch)
-    if rows <= 16:
-        row_blocks = -(-rows // 8)
+    if rows <= 16 or (rows <= 32 and head_dim <= 128):
+        row_blocks = 4 if rows > 16 else -(-rows // 8)
         shapes = ((1, row_blocks, 4, 64), (1, row_blocks, 2, 32))
     else:
         row_blocks = 2 if head_dim <= 128 else 1  # of 16 rows x 256 columns, registers would spill
@@ -96,7 +95,7 @@ def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
 
 def decode_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
     """All that `decode_config` can choose."""
-    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (8, 16, 17)))
+    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (8, 16, 32, 33)))
 
 
 def shared_bytes_per_sm(arch: str) -> int:
@@ -111,11 +110,13 @@ def shared_bytes_per_sm(arch: str) -> int:
 
 def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
     for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
-        for config in decode_configs(arch, head_dim):
-            yield decode_template(dtype, head_dim, config)
+        for config, fixed_splits in itertools.product(decode_configs(arch, head_dim), (False, True)):
+            yield decode_template(dtype, head_dim, config, fixed_splits)
 
 
-def decode_template(dtype: str, head_dim: int, config: DecodeConfig) -> tuple[str | int, ...]:
+def decode_template(
+    dtype: str, head_dim: int, config: DecodeConfig, fixed_splits: bool = False
+) -> tuple[str | int, ...]:
     """Template arguments of the decode kernel."""
     return (
         CUDA_TYPES[dtype],
@@ -126,6 +127,7 @@ def decode_template(dtype: str, head_dim: int, config: DecodeConfig) -> tuple[st
         config.tile_kv,
         config.num_stages,
         config.ctas_per_sm,
+        int(fixed_splits),
     )
 
 
@@ -160,10 +162,11 @@ DECODE = register_kernel(
             "kTileKV",
             "kStages",
             "kCtasPerSM",
+            "kFixedSplits",
         ),
         args=_args(
             ptr="q k_pages v_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
-            "partial_out partial_lse arrival_counters",
+            "partial_out partial_lse group_counters",
             i64="q_stride_token q_stride_head k_stride_page k_stride_token k_stride_head "
             "v_stride_page v_stride_token v_stride_head out_stride_token out_stride_head "
             "lse_stride_token lse_stride_head",
@@ -171,7 +174,7 @@ DECODE = register_kernel(
             u32="group_multiplier",
             i32_="group_shift page_size",
             u32_="page_multiplier",
-            i32__="page_shift table_row_stride num_table_entries window_left",
+            i32__="page_shift table_row_stride num_table_entries split_shift max_splits window_left",
             f32="sm_scale logits_soft_cap",
         ),
         instances=_decode_instances,

@@ -9,15 +9,15 @@
 //   S^T = K Q^T       [keys, rows]   accumulators become the B operand of the next product by movmatrix
 //   O^T += V^T P^T    [head_dim, rows]
 // Where a segment (the tiles of a group that are in the run) ends, the warps' states are merged through shared
-// memory.
+// memory. What segments leave of a group over several CTAs is merged by those that end last (partials.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
 
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/launch.cuh"
-#include "cupyattn/merge_tree.cuh"
 #include "cupyattn/mma.cuh"
 #include "cupyattn/paged.cuh"
+#include "cupyattn/partials.cuh"
 #include "cupyattn/schedule.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/tile.cuh"
@@ -45,13 +45,13 @@ struct alignas(16) TileInfo {
   int kv_head;
   int qo_begin;
   int qo_len;
-  int first_cta;  // that has tiles of its group
-  int last_cta;
+  GroupSlots group;
+  int slot;  // of the group's, where the segment's state goes
 };
 
 // clang-format off
 template <typename T, int kHeadDim, int kWarpsQ, int kRowBlocks, int kWarpsKV, int kTileKV, int kStages,
-          int kCtasPerSM>
+          int kCtasPerSM, bool kFixedSplits>
 __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     decode_kernel(const T* __restrict__ q,              // [num_tokens, num_qo_heads, head_dim], strided
                   const T* __restrict__ k_pages,        // paged, PageStrides
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   T* __restrict__ out,                  // as q
                   float* __restrict__ lse,              // [num_tokens, num_qo_heads] or null, natural log
                   float* partial_out,                   // [num_slots, kTileQ, head_dim], see Partials
-                  float* partial_lse,                   // [kMaxLevels, num_slots, kTileQ], base 2
-                  u32* __restrict__ arrival_counters,   // [kMaxLevels, num_slots], 0 between launches
+                  float* partial_lse,                   // [num_slots, kTileQ], base 2
+                  u64* __restrict__ group_counters,     // [num_slots], 0 between launches
                   i64 q_stride_token, i64 q_stride_head,
                   i64 k_stride_page, i64 k_stride_token, i64 k_stride_head,
                   i64 v_stride_page, i64 v_stride_token, i64 v_stride_head,
@@ -75,6 +75,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   int page_size, u32 page_multiplier, int page_shift,     // Divisor
                   int table_row_stride,
                   int num_table_entries,                // of kv_indices, to prefetch
+                  int split_shift,                      // log2 of the tiles of a fixed split
+                  int max_splits,                       // that the workspace has slots for
                   int window_left,                      // -1: unbounded
                   float sm_scale,
                   float logits_soft_cap) {              // 0: none
@@ -88,6 +90,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kDimSteps = kHeadDim / 16;
   static_assert(kHeadDim % 16 == 0 && kKeysPerWarp % 16 == 0, "a warp works on 16 x 16 blocks");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
+  static_assert(kRowBlocks == 1 || kRowBlocks % 2 == 0, "queries are loaded in pairs of blocks");
   static_assert(kStages >= 2, "one tile is read while another is filled");
   using Layout = TileLayout<kHeadDim>;
   // Queries stay in registers where there is room for them.
@@ -103,18 +106,24 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                         batch_size,
                         num_kv_heads,
                         group,
-                        window_left};
+                        window_left,
+                        split_shift,
+                        max_splits};
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
-  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse, arrival_counters,
-                                            2 * static_cast<int>(gridDim.x)};
+  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse, group_counters};
 
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
   constexpr int kQueryBytes = kTileQ * Layout::kRowBytes;
-  // The warps' states at the end of a segment take the place of its last tile. A thread stores rows 2t and
-  // 2t + 1 of dimension g: XOR, or 4 more floats a row, spreads a warp's stores over all banks.
+  // The warps' states at the end of a segment take the place of its last tile, in as many passes as they need. A
+  // thread stores rows 2t and 2t + 1 of dimension g: XOR, or 4 more floats a row, spreads a warp's stores over all
+  // banks.
   constexpr int kScratchRow = Layout::kSwizzled ? kHeadDim : kHeadDim + 4;  // floats
-  static_assert(kWarps * kWarpRows * kScratchRow * 4 <= 2 * kTileBytes, "the states fit into a tile");
+  constexpr int kPasses = ceil_div(kWarps * kWarpRows * kScratchRow * 4, 2 * kTileBytes);
+  constexpr int kPassBlocks = kRowBlocks / kPasses;
+  constexpr int kPassRows = 8 * kPassBlocks;  // of a warp
+  static_assert(kRowBlocks % kPasses == 0, "passes are equal");
+  static_assert(kPasses == 1 || kWarpsQ == 1, "a pass has neighbouring rows");
   const auto scratch_at = [&](int row, int dim) {
     return row * kScratchRow + (Layout::kSwizzled ? dim ^ (row / 2 % 4 * 8) : dim);
   };
@@ -153,7 +162,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   touch(lse_stride_head);
   touch(logits_soft_cap);
 
-  Cursor<kTileKV, kTileQ> load;  // runs kStages - 1 tiles ahead of the tile in use
+  Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs kStages - 1 tiles ahead of the tile in use
   Partition partition;
   if (!begin_run<kThreads>(problem, load, partition)) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
@@ -223,17 +232,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   SoftmaxState state[kRowBlocks][2];  // rows quad_col and quad_col + 1; `sum` over this thread's keys only
   // Where this lane's ldmatrix rows begin, from the beginning of a tile on.
   const u32 q_offset =
-      Layout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks == 2 ? lane / 16 * 8 : 0), lane / 8 % 2);
+      Layout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
   const u32 k_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 16, lane / 16);
   const u32 v_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const auto load_q = [&](u32(&frag)[kRowBlocks][2], int buffer, int step) {
     const u32 address = Layout::advance(smem_address_of(smem_q) + buffer * kQueryBytes + q_offset, step);
-    if constexpr (kRowBlocks == 2) {
-      u32 both[4];
-      ldmatrix_x4(both, address);
-      frag[0][0] = both[0], frag[0][1] = both[1], frag[1][0] = both[2], frag[1][1] = both[3];
-    } else {
+    if constexpr (kRowBlocks == 1) {
       ldmatrix_x2(frag[0], address);
+    } else {
+#pragma unroll
+      for (int block = 0; block < kRowBlocks; block += 2) {
+        u32 both[4];
+        ldmatrix_x4(both, address + block * 8 * Layout::kRowBytes);
+        frag[block][0] = both[0], frag[block][1] = both[1];
+        frag[block + 1][0] = both[2], frag[block + 1][1] = both[3];
+      }
     }
   };
 
@@ -274,16 +287,25 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (!load.done()) {
       if (begins_segment) copy_queries(q_buffer);
       copy_tile(load_stage, slot);
-      const bool ends_segment = load.ends_segment();
+      const bool ends_segment = load.ends_segment(problem);
       if (tid == 0) {
         TileInfo& tile = smem_tiles[load_stage];
         tile = TileInfo{load.token_begin(), load.request.kv_len, begins_segment, ends_segment,
                         q_buffer,           load.q_tile,         load.kv_head,   load.request.qo_begin,
                         load.request.qo_len};
         if (ends_segment) {
-          const int group_begin = load.unit - load.tile;
-          tile.first_cta = partition.cta_of(group_begin);
-          tile.last_cta = partition.cta_of(group_begin + load.request.num_tiles() - 1);
+          const int unit = load.unit_in_group(problem);
+          const int group_begin = load.unit - unit;
+          const int num_units = load.request.num_units_in_group(problem);
+          if (kFixedSplits) {
+            tile.group = GroupSlots{group_begin, 1, num_units};
+            tile.slot = group_begin + unit;
+          } else {
+            const int first_cta = partition.cta_of(group_begin);
+            const int last_cta = partition.cta_of(group_begin + num_units - 1);
+            tile.group = GroupSlots{2 * first_cta, 2, last_cta + 1 - first_cta};
+            tile.slot = tile.group.slot(blockIdx.x - first_cta);
+          }
         }
       }
       begins_segment = ends_segment;
@@ -442,8 +464,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         }
       }
     const int num_rows = min(total_rows - first_row, kTileQ);
-    const MergeTree tree(tile.first_cta, tile.last_cta);
-    const int slot_of_cta = tree.slot_of(blockIdx.x);
+    const bool is_complete = tile.group.num_partials == 1;
     const auto write_result = [&](int row, int dim, const float4& value, float lse_log2) {
       const int token_in_request = group.divide(first_row + row);
       const int token = tile.qo_begin + token_in_request;
@@ -453,52 +474,62 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         lse[token * lse_stride_token + head * lse_stride_head] = lse_log2 * kLn2;
       }
     };
-    __syncthreads();  // all warps are done with the tile
 #pragma unroll
-    for (int block = 0; block < kRowBlocks; ++block)
+    for (int pass = 0; pass < kPasses; ++pass) {
+      __syncthreads();  // all warps are done with the tile
 #pragma unroll
-      for (int step = 0; step < kDimSteps; ++step)
+      for (int block = 0; block < kPassBlocks; ++block)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          // scratch_at(row, step * 16 + i / 2 * 8 + quad_row), from one register
-          const int begin = scratch_at(warp * kWarpRows + quad_col, quad_row);
-          const int dim = step * 16 + i / 2 * 8;
-          const int in_row = Layout::kSwizzled ? (begin ^ dim % 32) + dim / 32 * 32 : begin + dim;
-          smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] = acc[step][block][i];
-        }
-    __syncthreads();
-    constexpr int kVecs = kHeadDim / 4;
+        for (int step = 0; step < kDimSteps; ++step)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // scratch_at(row, step * 16 + i / 2 * 8 + quad_row), from one register
+            const int begin = scratch_at(warp * kPassRows + quad_col, quad_row);
+            const int dim = step * 16 + i / 2 * 8;
+            const int in_row = Layout::kSwizzled ? (begin ^ dim % 32) + dim / 32 * 32 : begin + dim;
+            smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] =
+                acc[step][pass * kPassBlocks + block][i];
+          }
+      __syncthreads();
+      constexpr int kVecs = kHeadDim / 4;
+      const int pass_row = pass * kPassRows;
 #pragma unroll 1
-    for (int i = tid; i < num_rows * kVecs; i += kThreads) {
-      const int row = i / kVecs;
-      const int dim = i % kVecs * 4;
-      const int row_of_warps = row / kWarpRows * kWarpsKV * kWarpRows + row % kWarpRows;
-      float2 theirs[kWarpsKV];
-      SoftmaxState merged;
+      for (int i = tid; i < min(num_rows - pass_row, kPassRows * kWarpsQ) * kVecs; i += kThreads) {
+        const int row = i / kVecs;
+        const int dim = i % kVecs * 4;
+        const auto row_of_warp = [&](int w, int num_rows) {
+          return (row / kPassRows * kWarpsKV + w) * num_rows + row % kPassRows;
+        };
+        float2 theirs[kWarpsKV];
+        SoftmaxState merged;
 #pragma unroll
-      for (int w = 0; w < kWarpsKV; ++w) {
-        theirs[w] = smem_states[row_of_warps + w * kWarpRows];
-        merged.max = fmaxf(merged.max, theirs[w].x);
-      }
-      float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int w = 0; w < kWarpsKV; ++w) {
+          theirs[w] = smem_states[row_of_warp(w, kWarpRows) + pass_row];
+          merged.max = fmaxf(merged.max, theirs[w].x);
+        }
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-      for (int w = 0; w < kWarpsKV; ++w) {
-        const float weight = merged.weight(theirs[w].x);
-        const float4 x =
-            *reinterpret_cast<const float4*>(smem_scratch + scratch_at(row_of_warps + w * kWarpRows, dim));
-        merged.sum += weight * theirs[w].y;
-        value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z, value.w += weight * x.w;
-      }
-      const float inverse = merged.inverse_sum();
-      value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
-      if (tree.num_partials == 1) {
-        write_result(row, dim, value, merged.lse_log2());
-      } else {
-        *reinterpret_cast<float4*>(partials.out_at(slot_of_cta, row) + dim) = value;
-        if (dim == 0) *partials.lse_at(0, slot_of_cta, row) = merged.lse_log2();
+        for (int w = 0; w < kWarpsKV; ++w) {
+          const float weight = merged.weight(theirs[w].x);
+          const float4 x =
+              *reinterpret_cast<const float4*>(smem_scratch + scratch_at(row_of_warp(w, kPassRows), dim));
+          merged.sum += weight * theirs[w].y;
+          value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z, value.w += weight * x.w;
+        }
+        const float inverse = merged.inverse_sum();
+        value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
+        if (is_complete) {
+          write_result(pass_row + row, dim, value, merged.lse_log2());
+        } else {
+          *reinterpret_cast<float4*>(partials.out_at(tile.slot, pass_row + row) + dim) = value;
+          if (dim == 0) *partials.lse_at(tile.slot, pass_row + row) = merged.lse_log2();
+        }
       }
     }
-    arrive_and_merge<kThreads>(partials, tree, num_rows, write_result);
+    if (!is_complete) {
+      const bool is_done = tiles_ahead == 0 && load.done();
+      arrive_and_merge<kThreads>(partials, tile.group, num_rows, is_done, smem_scratch, write_result);
+    }
     clear();
   }
 }

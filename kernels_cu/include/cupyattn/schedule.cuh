@@ -10,8 +10,12 @@
 //      CTA 0    | CTA 1     | CTA 2  | CTA 3
 //
 // A group inside one run is finished there. A group over several runs leaves one partial state a run, which
-// merge_tree.cuh merges. A run has at most two partial states: one of the group that it enters halfway
-// (slot 0), one of the group that it leaves halfway (slot 1).
+// partials.cuh merges. A run has at most two partial states: one of the group that it enters halfway (slot 2 * cta),
+// one of the group that it leaves halfway (slot 2 * cta + 1).
+//
+// So where a request is cut depends on its neighbours, and with that its rounding. With *fixed splits* it does not:
+// units are splits of 2^unit_shift tiles, every split of a group that has several leaves a partial state (its slot is
+// its place on the line), and runs are of whole splits.
 //
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
@@ -32,10 +36,13 @@ struct Problem {
   int num_kv_heads;
   Divisor group_size;  // query heads per KV head
   int window_left;     // keys before a query's own that it sees; -1: all
+  // With fixed splits only:
+  int unit_shift;  // log2 of a split's tiles
+  int max_splits;  // that there is memory for
 };
 
 // One request's share of the line.
-template <int kTileKV, int kTileQ>
+template <int kTileKV, int kTileQ, bool kFixedSplits>
 struct Request {
   int qo_begin;  // first query token
   int qo_len;    // query tokens
@@ -54,24 +61,29 @@ struct Request {
   __device__ __forceinline__ int num_q_tiles(const Problem& problem) const {
     return ceil_div(qo_len * problem.group_size.value, kTileQ);
   }
+  __device__ __forceinline__ int num_units_in_group(const Problem& problem) const {
+    return kFixedSplits ? (num_tiles() - 1 >> problem.unit_shift) + 1 : num_tiles();
+  }
   __device__ __forceinline__ int num_units(const Problem& problem) const {
-    return problem.num_kv_heads * num_q_tiles(problem) * num_tiles();
+    return problem.num_kv_heads * num_q_tiles(problem) * num_units_in_group(problem);
   }
 };
 
 // The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`.
 struct Partition {
-  static constexpr int kMinUnits = 2;  // a CTA has at least: more partial states cost more than they gain
+  static constexpr int kMinUnits = 2;   // a CTA has at least: more partial states cost more than they gain
+  static constexpr int kFewUnits = 64;  // but so few tiles arrive sooner on as many SMs as possible
 
   int num_ctas;
   int quota;
   int num_longer;
 
   __device__ __forceinline__ Partition() {}
-  __device__ __forceinline__ Partition(int total, int max_ctas) {
+  __device__ __forceinline__ Partition(int total, int max_ctas, bool fixed_splits) {
     // No more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4 rather than 232 of 4 and
     // 32 of 3. There is less to merge, and runs of equal groups end where groups do.
-    const int most_units = max(ceil_div(total, max_ctas), kMinUnits);
+    const int least = fixed_splits || total <= kFewUnits ? 1 : kMinUnits;
+    const int most_units = max(ceil_div(total, max_ctas), least);
     num_ctas = ceil_div(total, most_units);
     quota = static_cast<u32>(total) / static_cast<u32>(max(num_ctas, 1));
     num_longer = total - quota * num_ctas;
@@ -86,9 +98,9 @@ struct Partition {
 };
 
 // Walks one CTA's run, tile by tile, through groups and requests.
-template <int kTileKV, int kTileQ>
+template <int kTileKV, int kTileQ, bool kFixedSplits>
 struct Cursor {
-  Request<kTileKV, kTileQ> request;
+  Request<kTileKV, kTileQ, kFixedSplits> request;
   const int* pages;  // the request's own page ids
   int request_idx;
   int kv_head;
@@ -99,19 +111,27 @@ struct Cursor {
 
   __device__ __forceinline__ bool done() const { return unit >= unit_end; }
   __device__ __forceinline__ int token_begin() const { return request.kv_begin + tile * kTileKV; }
-  __device__ __forceinline__ bool ends_segment() const {
+  __device__ __forceinline__ int unit_in_group(const Problem& problem) const {
+    return kFixedSplits ? tile >> problem.unit_shift : tile;
+  }
+  __device__ __forceinline__ bool ends_unit(const Problem& problem) const {
+    return !kFixedSplits || tile + 1 == request.num_tiles() ||
+           (tile + 1 & (1 << problem.unit_shift) - 1) == 0;
+  }
+  __device__ __forceinline__ bool ends_segment(const Problem& problem) const {
+    if (kFixedSplits) return ends_unit(problem);
     return tile + 1 == request.num_tiles() || unit + 1 == unit_end;
   }
 
   __device__ __forceinline__ void enter(const Problem& problem, int b) {
     request_idx = b;
-    request = Request<kTileKV, kTileQ>(problem, b);
+    request = Request<kTileKV, kTileQ, kFixedSplits>(problem, b);
     pages = problem.pages.pages_of(b);
   }
 
   // To the next tile.
   __device__ __forceinline__ void advance(const Problem& problem) {
-    ++unit;
+    unit += ends_unit(problem);
     if (++tile < request.num_tiles()) return;
     tile = 0;
     if (++q_tile < request.num_q_tiles(problem)) return;
@@ -129,11 +149,12 @@ struct Cursor {
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
 // begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
 // requests there is one round trip to memory.
-template <int kThreads, int kTileKV, int kTileQ>
-__device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV, kTileQ>& cursor,
+template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits>
+__device__ __forceinline__ bool begin_run(const Problem& problem,
+                                          Cursor<kTileKV, kTileQ, kFixedSplits>& cursor,
                                           Partition& partition) {
   __shared__ int smem_warp_totals[kThreads / 32];
-  __shared__ Cursor<kTileKV, kTileQ> smem_cursor;
+  __shared__ Cursor<kTileKV, kTileQ, kFixedSplits> smem_cursor;
   const int tid = threadIdx.x;
   const int cta = blockIdx.x;
   const int stride = ceil_div(problem.batch_size, kThreads);
@@ -147,7 +168,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV
   }
 #pragma unroll 1
   for (int b = first_request + 1; b < end_request; ++b) {
-    units += Request<kTileKV, kTileQ>(problem, b).num_units(problem);
+    units += Request<kTileKV, kTileQ, kFixedSplits>(problem, b).num_units(problem);
   }
   int end = units;  // inclusive prefix sum, over the warp first
 #pragma unroll
@@ -163,7 +184,8 @@ __device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV
     if (w < tid / 32) end += smem_warp_totals[w];
     total += smem_warp_totals[w];
   }
-  partition = Partition(total, gridDim.x);
+  if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
+  partition = Partition(total, gridDim.x, kFixedSplits);
   cursor.unit = partition.begin(cta);
   cursor.unit_end = partition.begin(cta + 1);
   if (cta < partition.num_ctas && end - units <= cursor.unit && cursor.unit < end) {
@@ -173,10 +195,10 @@ __device__ __forceinline__ bool begin_run(const Problem& problem, Cursor<kTileKV
       unit_in_request -= skipped;
       cursor.enter(problem, cursor.request_idx + 1);
     }
-    const u32 num_tiles = cursor.request.num_tiles();
+    const u32 num_units = cursor.request.num_units_in_group(problem);
     const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
-    const u32 group = unit_in_request / num_tiles;
-    cursor.tile = unit_in_request - group * num_tiles;
+    const u32 group = unit_in_request / num_units;
+    cursor.tile = unit_in_request - group * num_units << (kFixedSplits ? problem.unit_shift : 0);
     cursor.kv_head = num_q_tiles == 1 ? group : group / num_q_tiles;
     cursor.q_tile = group - cursor.kv_head * num_q_tiles;
     smem_cursor = cursor;
