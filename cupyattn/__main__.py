@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--num-sms", type=int, default=132, help="SMs of the device (%(default)s)")
     command.add_argument("--window-left", type=int, default=-1, help="keys before its own that a query sees")
     command.add_argument(
+        "--fixed-split-size", type=int, metavar="TOKENS", help="batch-invariant mode: cut keys every so many"
+    )
+    command.add_argument(
         "--out", type=Path, help="draw it, with matplotlib: a path that ends in .svg or .png"
     )
     command.set_defaults(run=_schedule)
@@ -170,6 +173,7 @@ def _schedule(args: argparse.Namespace) -> int:
         tile_q=config.tile_q,
         max_ctas=config.ctas_per_sm * args.num_sms,
         window_left=args.window_left,
+        fixed_split_size=args.fixed_split_size,
     )
     if args.out is not None:
         return _draw(args, segments)
@@ -190,6 +194,8 @@ def _draw(args: argparse.Namespace, segments: Sequence[Segment]) -> int:
         raise ValueError(f"--out must end in .svg or .png, got {args.out}")
     heads = f"{args.num_qo_heads}/{args.num_kv_heads} heads, head_dim {args.head_dim}"
     title = f"{len(args.lens)} requests, {sum(args.lens)} tokens, {heads}, {args.num_sms} SMs ({args.arch})"
+    if args.fixed_split_size is not None:
+        title += f", splits of {args.fixed_split_size}"
     try:
         draw_schedule(segments, args.out, title=title)
     except ModuleNotFoundError:

@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 
-MIN_UNITS = 2  # Partition::kMinUnits of schedule.cuh
+# Partition::kMinUnits and kFewUnits of schedule.cuh
+MIN_UNITS = 2
+FEW_UNITS = 64
 _MAX_UNITS = 2**31 - 1  # kernels count units in an int
 
 
 @dataclass(frozen=True)
 class Segment:
     """A part of one CTA's run that lies in one group: (request, KV head, tile of query rows).
+
+    It is all that the run has of the group; with fixed splits it is one split.
 
     Parameters
     ----------
@@ -82,17 +86,17 @@ class Request:
             return 0
         return max(max(self.kv_len - self.qo_len, 0) - self.window_left, 0)
 
-    def num_tiles(self, tile_kv: int) -> int:
-        """Tiles of `tile_kv` keys in each group. At least one: a request without keys gets its empty state."""
-        return max(_ceil_div(self.kv_len - self.kv_begin, tile_kv), 1)
+    def num_units_in_group(self, unit_size: int) -> int:
+        """Units of `unit_size` keys in each group. At least one: a request without keys gets its empty state."""
+        return max(_ceil_div(self.kv_len - self.kv_begin, unit_size), 1)
 
     def num_q_tiles(self, group_size: int, tile_q: int) -> int:
         """Tiles of `tile_q` query rows in each KV head. None without query tokens."""
         return _ceil_div(self.qo_len * group_size, tile_q)
 
-    def num_units(self, num_kv_heads: int, group_size: int, tile_kv: int, tile_q: int) -> int:
-        """Units of the line: the tiles of all its groups."""
-        return num_kv_heads * self.num_q_tiles(group_size, tile_q) * self.num_tiles(tile_kv)
+    def num_units(self, num_kv_heads: int, group_size: int, tile_q: int, unit_size: int) -> int:
+        """Units of the line: those of all its groups, `unit_size` keys each."""
+        return num_kv_heads * self.num_q_tiles(group_size, tile_q) * self.num_units_in_group(unit_size)
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,11 @@ class Partition:
     >>> partition = Partition.of(18, max_ctas=4)
     >>> [partition.begin(cta) for cta in range(partition.num_ctas + 1)]
     [0, 5, 10, 14, 18]
+
+    Runs of two units at least, unless there are few: 66 units on 264 CTAs are 33 runs, 64 are 64.
+
+    >>> [Partition.of(total, max_ctas=264).num_ctas for total in (64, 66)]
+    [64, 33]
     """
 
     num_ctas: int
@@ -111,9 +120,13 @@ class Partition:
     num_longer: int
 
     @classmethod
-    def of(cls, total: int, max_ctas: int) -> Partition:
-        """Cut `total` units into at most `max_ctas` runs."""
-        most_units = max(_ceil_div(total, max_ctas), MIN_UNITS)
+    def of(cls, total: int, max_ctas: int, fixed_splits: bool = False) -> Partition:
+        """Cut `total` units into at most `max_ctas` runs.
+
+        With `fixed_splits`, units are splits, which leave their partial states however long runs are.
+        """
+        least = 1 if fixed_splits or total <= FEW_UNITS else MIN_UNITS
+        most_units = max(_ceil_div(total, max_ctas), least)
         num_ctas = _ceil_div(total, most_units)
         quota = total // max(num_ctas, 1)
         return cls(num_ctas, quota, total - quota * num_ctas)
@@ -142,7 +155,7 @@ class ScheduleFigures:
         Keys that one CTA reads, at most; in tokens.
     num_groups : int
     num_split : int
-        Groups that lie in several runs.
+        Groups that are cut: that lie in several runs or, with fixed splits, have several.
     num_partials : int
         Partial states, of all of these.
     longest_merge : int
@@ -167,6 +180,7 @@ def decode_schedule(
     max_ctas: int,
     qo_lens: Sequence[int] | np.ndarray | None = None,
     window_left: int = -1,
+    fixed_split_size: int | None = None,
 ) -> list[Segment]:
     """Say which CTA of a decode step reads which keys.
 
@@ -187,19 +201,25 @@ def decode_schedule(
         Query tokens of each request; one by default. A request without any has no segments.
     window_left : int
         Keys before a query's own that it sees; -1: all.
+    fixed_split_size : int, optional
+        Batch-invariant mode: every group is cut each so many tokens (`tile_kv` times a power of two), counted from
+        the first key that its request sees, and runs are of whole splits. So where a request is cut does not
+        depend on its neighbours, nor on `max_ctas`. By default cuts are where runs end.
 
     Returns
     -------
     list of Segment
-        In the order of the line: by request, then KV head, then query tile, then key; so also by CTA.
+        In the order of the line: by request, then KV head, then query tile, then key; so also by CTA. With
+        `fixed_split_size` each is one split, and its index is that of its partial state.
 
     Raises
     ------
     TypeError
         A count or a length is no integer.
     ValueError
-        A count is not positive, a length is negative, `window_left` is less than -1, `kv_lens` or `qo_lens` is not
-        a vector, they differ in size, or the line has more than 2^31 - 1 tiles.
+        A count is not positive, a length is negative, `window_left` is less than -1, `fixed_split_size` is not
+        `tile_kv` times a power of two, `kv_lens` or `qo_lens` is not a vector, they differ in size, or the line has
+        more than 2^31 - 1 tiles (or fixed splits).
 
     Examples
     --------
@@ -209,13 +229,29 @@ def decode_schedule(
     0 0 0 192 False
     1 0 192 300 False
     1 1 0 10 True
+
+    Fixed splits of 128 tokens are these in any company:
+
+    >>> for s in decode_schedule([300, 10], max_ctas=2, fixed_split_size=128, **sizes):
+    ...     print(s.cta, s.request, s.kv_begin, s.kv_end, s.complete)
+    0 0 0 128 False
+    0 0 128 256 False
+    1 0 256 300 False
+    1 1 0 10 True
     """
-    counts = {"num_kv_heads": num_kv_heads, "group_size": group_size, "tile_kv": tile_kv, "tile_q": tile_q}
-    for name, count in {**counts, "max_ctas": max_ctas}.items():
+    counts = {"num_kv_heads": num_kv_heads, "group_size": group_size, "tile_q": tile_q}
+    for name, count in {**counts, "tile_kv": tile_kv, "max_ctas": max_ctas}.items():
         if operator.index(count) <= 0:
             raise ValueError(f"decode_schedule: {name} must be positive, got {count}")
     if operator.index(window_left) < -1:
         raise ValueError(f"decode_schedule: window_left must be -1 or more, got {window_left}")
+    fixed_splits = fixed_split_size is not None
+    unit_size = tile_kv if fixed_split_size is None else operator.index(fixed_split_size)
+    if unit_size <= 0 or unit_size % tile_kv or (unit_size // tile_kv).bit_count() != 1:
+        raise ValueError(
+            f"decode_schedule: fixed_split_size must be tile_kv times a power of two, "
+            f"got {unit_size} with tile_kv = {tile_kv}"
+        )
     all_kv_lens = _lengths("kv_lens", kv_lens)
     all_qo_lens = [1] * len(all_kv_lens) if qo_lens is None else _lengths("qo_lens", qo_lens)
     if len(all_qo_lens) != len(all_kv_lens):
@@ -227,23 +263,24 @@ def decode_schedule(
     requests = [
         Request(qo_len, kv_len, window_left) for qo_len, kv_len in zip(all_qo_lens, all_kv_lens, strict=True)
     ]
-    total = sum(request.num_units(**counts) for request in requests)
+    total = sum(request.num_units(**counts, unit_size=unit_size) for request in requests)
     if total > _MAX_UNITS:
-        raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 tiles, got {total}")
-    partition = Partition.of(total, max_ctas)
+        units = "splits" if fixed_splits else "tiles"
+        raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 {units}, got {total}")
+    partition = Partition.of(total, max_ctas, fixed_splits)
     segments = []
     unit = 0
     for request_idx, request in enumerate(requests):
-        num_tiles = request.num_tiles(tile_kv)
+        num_units = request.num_units_in_group(unit_size)
         num_q_tiles = request.num_q_tiles(group_size, tile_q)
         for kv_head, q_tile in itertools.product(range(num_kv_heads), range(num_q_tiles)):
-            group_begin, group_end = unit, unit + num_tiles
+            group_begin, group_end = unit, unit + num_units
             while unit < group_end:
                 cta = partition.cta_of(unit)
-                end = min(partition.begin(cta + 1), group_end)
-                kv_begin = request.kv_begin + (unit - group_begin) * tile_kv
-                kv_end = min(request.kv_begin + (end - group_begin) * tile_kv, request.kv_len)
-                complete = end - unit == num_tiles
+                end = unit + 1 if fixed_splits else min(partition.begin(cta + 1), group_end)
+                kv_begin = request.kv_begin + (unit - group_begin) * unit_size
+                kv_end = min(request.kv_begin + (end - group_begin) * unit_size, request.kv_len)
+                complete = end - unit == num_units
                 segments.append(Segment(cta, request_idx, kv_head, q_tile, kv_begin, kv_end, complete))
                 unit = end
     return segments
@@ -280,7 +317,8 @@ def schedule_figures(segments: Sequence[Segment]) -> ScheduleFigures:
 def draw_schedule(segments: Sequence[Segment], path: str | Path, *, title: str = "") -> None:
     """Draw a schedule: a bar for each CTA, as long as the keys that it reads, in colours by request.
 
-    A black line marks where a group is cut: the bar's part there leaves a partial state.
+    A black line marks where a group is cut, also inside a bar where splits are fixed: the bar's parts there leave
+    a partial state each.
 
     Parameters
     ----------
@@ -313,17 +351,17 @@ def draw_schedule(segments: Sequence[Segment], path: str | Path, *, title: str =
     # The segments of a group follow each other on the line.
     groups = [None, *(s.group for s in segments), None]
     for cta, run in itertools.groupby(enumerate(segments, 1), lambda item: item[1].cta):
-        spans, faces, cuts, x = [], [], [], 0
+        spans, faces, cuts, x = [], [], set(), 0
         for i, s in run:
             spans.append((x, s.num_tokens))
             faces.append(colours[s.request % len(colours)])
             if groups[i - 1] == s.group:
-                cuts.append(x)
+                cuts.add(x)
             x += s.num_tokens
             if groups[i + 1] == s.group:
-                cuts.append(x)
+                cuts.add(x)
         axes.broken_barh(spans, (cta - 0.4, 0.8), facecolors=faces, edgecolor="white", linewidth=0.3)
-        axes.vlines(cuts, cta - 0.45, cta + 0.45, color="black", linewidth=1.5, zorder=3)
+        axes.vlines(sorted(cuts), cta - 0.45, cta + 0.45, color="black", linewidth=1.5, zorder=3)
     longest = max(figures.longest_run, 1)
     axes.set_xlim(-0.01 * longest, 1.01 * longest)  # the frame would hide cuts at 0
     axes.set_ylim(max(figures.num_ctas, 1) - 0.4, -0.6)  # CTA 0 on top

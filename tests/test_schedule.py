@@ -15,21 +15,31 @@ from hypothesis import strategies as st
 import cupyattn
 from cupyattn.__main__ import main
 from cupyattn.kernels import decode_config
-from cupyattn.schedule import MIN_UNITS, Partition, Request, Segment, decode_schedule, schedule_figures
+from cupyattn.schedule import (
+    FEW_UNITS,
+    MIN_UNITS,
+    Partition,
+    Request,
+    Segment,
+    decode_schedule,
+    draw_schedule,
+    schedule_figures,
+)
 
 SIZES = {"num_kv_heads": 1, "group_size": 8, "tile_kv": 64, "tile_q": 8}
 
 
-def num_tiles(segment: Segment, tile_kv: int) -> int:
-    return max(-(-segment.num_tokens // tile_kv), 1)
+def num_units(segment: Segment, unit_size: int) -> int:
+    return max(-(-segment.num_tokens // unit_size), 1)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
+def problems(draw: st.DrawFn, *, always_fixed: bool = False) -> dict[str, Any]:
     tile_kv = draw(st.sampled_from((1, 32, 64)))
     edges = st.sampled_from([n * tile_kv + d for n in (1, 2, 5) for d in (-1, 0, 1)])
     kv_lens = draw(st.lists(st.one_of(st.just(0), edges, st.integers(0, 40 * tile_kv)), max_size=8))
     batch = len(kv_lens)
+    split_sizes = st.sampled_from([tile_kv * 2**shift for shift in (0, 1, 2, 4, 10)])
     return {
         "kv_lens": kv_lens,
         "qo_lens": draw(st.none() | st.lists(st.integers(0, 9), min_size=batch, max_size=batch)),
@@ -39,6 +49,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "tile_q": draw(st.sampled_from((8, 16))),
         "max_ctas": draw(st.one_of(st.integers(1, 20), st.just(264))),
         "window_left": draw(st.one_of(st.just(-1), st.integers(0, 6 * tile_kv))),
+        "fixed_split_size": draw(split_sizes if always_fixed else st.none() | split_sizes),
     }
 
 
@@ -74,20 +85,85 @@ def test_runs_are_equal_and_none_is_empty(problem: dict[str, Any]) -> None:
     runs = [list(run) for _, run in itertools.groupby(segments, lambda s: s.cta)]
     assert [run[0].cta for run in runs] == list(range(len(runs)))
     assert len(runs) <= problem["max_ctas"]
-    sizes = [sum(num_tiles(s, problem["tile_kv"]) for s in run) for run in runs]
+    fixed = problem["fixed_split_size"]
+    sizes = [sum(num_units(s, fixed or problem["tile_kv"]) for s in run) for run in runs]
     assert sizes == sorted(sizes, reverse=True)
     if sizes:
         assert sizes[0] - sizes[-1] <= 1
-        assert sizes[0] <= max(-(-sum(sizes) // problem["max_ctas"]), MIN_UNITS)
-    for run in runs:
+        least = 1 if fixed or sum(sizes) <= FEW_UNITS else MIN_UNITS
+        assert sizes[0] <= max(-(-sum(sizes) // problem["max_ctas"]), least)
+    for run in runs if fixed is None else ():
         # Entered halfway, or left halfway: nothing between is partial.
         assert all(s.complete for s in run[1:-1])
         assert sum(not s.complete for s in run) <= 2
 
 
-@given(st.integers(0, 5000), st.integers(1, 600))
-def test_cta_of_inverts_begin(total: int, max_ctas: int) -> None:
-    partition = Partition.of(total, max_ctas)
+@given(problems(always_fixed=True))
+def test_fixed_splits_are_at_multiples_of_their_size(problem: dict[str, Any]) -> None:
+    segments = decode_schedule(**problem)
+    size = problem["fixed_split_size"]
+    for _, group in itertools.groupby(segments, lambda s: s.group):
+        splits = list(group)
+        begin, end = splits[0].kv_begin, splits[-1].kv_end
+        assert [s.kv_begin for s in splits] == list(range(begin, max(end, begin + 1), size))
+        assert [s.kv_end for s in splits[:-1]] == [s.kv_begin + size for s in splits[:-1]]
+        assert splits[-1].num_tokens <= size
+
+    figures = schedule_figures(segments)
+    parts = [s for s in segments if not s.complete]
+    assert figures.num_partials == len(parts)
+    assert figures.num_split == len({s.group for s in parts})
+    assert figures.num_groups == figures.num_split + len(segments) - len(parts)
+    assert figures.num_ctas == len({s.cta for s in segments})
+
+
+@given(problems(always_fixed=True), st.integers(1, 20))
+def test_fixed_splits_of_a_request_do_not_depend_on_its_neighbours(
+    problem: dict[str, Any], max_ctas: int
+) -> None:
+    def cuts(segments: list[Segment], request: int) -> list[tuple[int, int, int, int, bool]]:
+        mine = [s for s in segments if s.request == request]
+        return [(s.kv_head, s.q_tile, s.kv_begin, s.kv_end, s.complete) for s in mine]
+
+    together = decode_schedule(**problem)
+    for request, kv_len in enumerate(problem["kv_lens"]):
+        qo_lens = problem["qo_lens"] and problem["qo_lens"][request : request + 1]
+        changed = {"kv_lens": [kv_len], "qo_lens": qo_lens, "max_ctas": max_ctas}
+        alone = decode_schedule(**(problem | changed))
+        assert cuts(alone, 0) == cuts(together, request)
+
+
+def test_without_fixed_splits_neighbours_move_the_cuts() -> None:
+    alone = decode_schedule([640], max_ctas=2, **SIZES)
+    together = decode_schedule([640, 64, 64], max_ctas=2, **SIZES)
+    assert [s.kv_end for s in alone] == [320, 640]
+    assert [s.kv_end for s in together if s.request == 0] == [384, 640]
+
+
+def test_fixed_splits_are_dealt_out_whole() -> None:
+    segments = decode_schedule([1000, 128, 0, 300], max_ctas=4, fixed_split_size=256, **SIZES)
+    assert [(s.cta, s.request, s.kv_begin, s.kv_end, s.complete) for s in segments] == [
+        (0, 0, 0, 256, False),
+        (0, 0, 256, 512, False),
+        (1, 0, 512, 768, False),
+        (1, 0, 768, 1000, False),
+        (2, 1, 0, 128, True),
+        (2, 2, 0, 0, True),
+        (3, 3, 0, 256, False),
+        (3, 3, 256, 300, False),
+    ]
+    figures = schedule_figures(segments)
+    assert (figures.num_ctas, figures.longest_run) == (4, 512)
+    assert (figures.num_groups, figures.num_split) == (4, 2)
+    assert (figures.num_partials, figures.longest_merge) == (6, 4)
+    # From the first key that the request sees, not from its key 0.
+    windowed = decode_schedule([1000], max_ctas=4, window_left=299, fixed_split_size=256, **SIZES)
+    assert [(s.cta, s.kv_begin, s.kv_end) for s in windowed] == [(0, 700, 956), (1, 956, 1000)]
+
+
+@given(st.integers(0, 5000), st.integers(1, 600), st.booleans())
+def test_cta_of_inverts_begin(total: int, max_ctas: int, fixed_splits: bool) -> None:
+    partition = Partition.of(total, max_ctas, fixed_splits)
     assert partition.num_ctas <= max_ctas
     assert partition.begin(0) == 0
     assert partition.begin(partition.num_ctas) == total
@@ -97,10 +173,20 @@ def test_cta_of_inverts_begin(total: int, max_ctas: int) -> None:
         assert partition.cta_of(begin) == partition.cta_of(end - 1) == cta
 
 
+def test_few_units_are_spread_one_a_cta() -> None:
+    assert Partition.of(FEW_UNITS, 264) == Partition(num_ctas=FEW_UNITS, quota=1, num_longer=0)
+    assert Partition.of(FEW_UNITS + 1, 264) == Partition(num_ctas=33, quota=1, num_longer=32)
+    assert Partition.of(FEW_UNITS + 1, 264, fixed_splits=True).num_ctas == FEW_UNITS + 1
+    assert Partition.of(FEW_UNITS, 16) == Partition(num_ctas=16, quota=4, num_longer=0)
+    (alone,) = decode_schedule([64], max_ctas=4, **SIZES)
+    assert alone.complete
+    assert [s.cta for s in decode_schedule([192], max_ctas=4, **SIZES)] == [0, 1, 2]
+
+
 def test_the_example_of_the_header() -> None:
     segments = decode_schedule([7 * 64, 4 * 64, 7 * 64], max_ctas=4, **SIZES)
     runs = [[s for s in segments if s.cta == cta] for cta in range(4)]
-    assert [sum(num_tiles(s, 64) for s in run) for run in runs] == [5, 5, 4, 4]
+    assert [sum(num_units(s, 64) for s in run) for run in runs] == [5, 5, 4, 4]
     assert [[s.request for s in run] for run in runs] == [[0], [0, 1], [1, 2], [2]]
     figures = schedule_figures(segments)
     assert (figures.num_groups, figures.num_split, figures.num_partials) == (3, 3, 6)
@@ -115,10 +201,11 @@ def header() -> str:
     return (Path(cupyattn.get_include()) / "cupyattn" / "schedule.cuh").read_text()
 
 
-def test_constants_are_the_header_s() -> None:
-    found = re.search(r"\bkMinUnits = (\d+);", header())
+@pytest.mark.parametrize(("name", "value"), [("kMinUnits", MIN_UNITS), ("kFewUnits", FEW_UNITS)])
+def test_constants_are_the_header_s(name: str, value: int) -> None:
+    found = re.search(rf"\b{name} = (\d+);", header())
     assert found is not None
-    assert int(found[1]) == MIN_UNITS
+    assert int(found[1]) == value
 
 
 def test_requests_without_keys_or_queries() -> None:
@@ -149,6 +236,20 @@ def test_a_window_cuts_the_keys_that_no_query_token_sees() -> None:
         ({"kv_lens": [[3, 1]]}, ValueError, r"kv_lens must be a vector, got shape \[1, 2\]"),
         ({"qo_lens": [1]}, ValueError, "qo_lens must have 2 entries, as kv_lens has, got 1"),
         ({"kv_lens": [2**31 * 64, 1]}, ValueError, r"up to 2\^31 - 1 tiles, got 2147483649"),
+        (
+            {"kv_lens": [2**31 * 128, 1], "fixed_split_size": 128},
+            ValueError,
+            r"up to 2\^31 - 1 splits, got 2147483649",
+        ),
+        ({"fixed_split_size": 128.0}, TypeError, "integer"),
+        *(
+            (
+                {"fixed_split_size": size},
+                ValueError,
+                rf"fixed_split_size must be tile_kv times a power of two, got {size} with tile_kv = 64",
+            )
+            for size in (-64, 0, 32, 100, 192)
+        ),
     ],
 )
 def test_errors_name_the_argument(changed: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -188,7 +289,13 @@ def test_cli_says_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "lens", [LENS, ("schedule", "--lens", "900", "0", "300"), ("schedule", "--lens", "0")]
+    "lens",
+    [
+        LENS,
+        (*LENS, "--fixed-split-size", "2048"),
+        ("schedule", "--lens", "900", "0", "300"),
+        ("schedule", "--lens", "0"),
+    ],
 )
 def test_cli_draws(lens: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
@@ -200,6 +307,31 @@ def test_cli_draws(lens: tuple[str, ...], tmp_path: Path, capsys: pytest.Capture
     assert main([*lens, "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr() == ("", "")
+
+
+def test_cli_with_fixed_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LENS, "--fixed-split-size", "2048"]) == 0
+    rows = dict(re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert rows == {
+        "CTAs": "96 of 264",  # 32 splits of the long one, 64 others
+        "longest run": "2048 tokens",
+        "groups split": "1 of 65",
+        "partial states": "32",
+        "longest merge": "32",
+    }
+
+
+def test_drawing_marks_every_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(axes, "vlines", lambda self, x, *args, **kwargs: drawn.append(list(x)))
+    lens = [1000, 128, 300]
+    draw_schedule(decode_schedule(lens, max_ctas=2, **SIZES), tmp_path / "a.svg")
+    assert drawn == [[768], [0]]  # 16 + 2 + 5 tiles in runs of 12 + 11
+    drawn.clear()
+    segments = decode_schedule(lens, max_ctas=2, fixed_split_size=256, **SIZES)
+    draw_schedule(segments, tmp_path / "b.svg")
+    assert drawn == [[256, 512, 768], [384]]  # 4 + 1 + 2 splits in runs of 4 + 3
 
 
 def test_cli_names_the_extra_without_matplotlib(
@@ -216,6 +348,7 @@ def test_cli_names_the_extra_without_matplotlib(
     [
         (("--num-qo-heads", "6", "--num-kv-heads", "4"), "--num-qo-heads must be a positive multiple"),
         (("--num-sms", "0"), "max_ctas must be positive"),
+        (("--fixed-split-size", "100"), "fixed_split_size must be tile_kv times a power of two, got 100"),
         (("--arch", "ampere"), "--arch must look like sm_90a, got ampere"),
         (("--out", "x.txt"), "--out must end in .svg or .png, got x.txt"),
     ],
