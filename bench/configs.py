@@ -21,6 +21,7 @@ TRACES = Path(__file__).resolve().parent / "traces"
 MB = 10**6
 MIB = 1 << 20
 ITEMSIZE = 2  # bfloat16 and float16
+FIXED_SPLIT_SIZE = 2048  # tokens, where the batch-invariant mode is timed
 _SUFFIX = {"bfloat16": "", "float16": " fp16"}
 
 
@@ -291,12 +292,19 @@ def _trace_rows() -> list[DecodeConfig]:
     return [running(*moment, *heads) for moment in moments for heads in ((32, 8), (8, 1), (28, 4))]
 
 
+def _invariant_rows() -> list[DecodeConfig]:
+    """Rows that are timed in the batch-invariant mode too: one request, few, many, and many of unequal lengths."""
+    equal_rows = [equal(1, 8192, 8, 1), equal(8, 8192, 32, 8), equal(64, 8192, 32, 8)]
+    return [*equal_rows, ragged("lognormal2048", lognormal_lens(64, 2048), 32, 8)]
+
+
 Config = DecodeConfig | MergeConfig | AppendConfig
 GROUPS: dict[str, tuple[Config, ...]] = {
     "decode": tuple(dict.fromkeys(_earlier_rows() + _shape_rows() + _twin_rows() + _ragged_rows())),
     "xformers": tuple(_xformers_rows()),
     "trace": tuple(_trace_rows()),
     "heads": tuple(_heads_rows()),
+    "invariant": tuple(_invariant_rows()),
     "merge": (MergeConfig(2, 64, 32), MergeConfig(8, 256, 32), MergeConfig(2, 128, 128, head_dim=512)),
     "append": (AppendConfig(64, 1, 8), AppendConfig(64, 1, 8, rope=True), AppendConfig(64, 64, 8, rope=True)),
 }

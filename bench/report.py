@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # run as a file, Python sees bench/ only
 
 from bench import rules, timing  # noqa: E402
-from bench.configs import GROUPS, DecodeConfig  # noqa: E402
+from bench.configs import FIXED_SPLIT_SIZE, GROUPS, DecodeConfig  # noqa: E402
 from bench.rules import RESULTS, Peer, Record  # noqa: E402
 
 _STYLE = {  # name: (label, marker, colour)
@@ -47,6 +47,7 @@ _GROUP_TEXT = {
     "xformers": "The grid of xformers' decode benchmark: 16 query heads, 65536 tokens",
     "trace": "Moments of request traces: the lengths of a running batch, every request with pages of its own",
     "heads": "Query heads per KV head (rows that are not above)",
+    "invariant": "Rows that are timed in the batch-invariant mode too (and are not above)",
     "merge": "Merging states",
     "append": "Appending to the cache",
     "": "Other rows",
@@ -140,6 +141,31 @@ def heads_table(record: Record) -> list[str]:
     ]
 
 
+def invariant_table(record: Record) -> list[str]:
+    """What the batch-invariant mode costs, where it was timed."""
+    rows = [
+        {
+            "configuration": row["key"],
+            "cold us": f"{row['cold_us']:.1f}",
+            "batch-invariant us": f"{row['fixed_us']:.1f}",
+            "ratio": f"{row['fixed_us'] / row['cold_us']:.2f}",
+        }
+        for row in timed_rows(record)
+        if "fixed_us" in row
+    ]
+    if not rows:
+        return []
+    return [
+        "## Batch-invariant mode",
+        "",
+        f"The same cold time with `fixed_split_size={FIXED_SPLIT_SIZE}`: keys are cut every so many tokens, so that a",
+        "request's result does not depend on its neighbours, bitwise. Few requests make few splits, and SMs idle.",
+        "",
+        *_table(rows),
+        "",
+    ]
+
+
 def markdown(record: Record) -> str:
     """The record as Markdown: the rules, a table for each group of rows, the foundation's verdicts."""
     peers = peers_by_row(record)
@@ -166,6 +192,7 @@ def markdown(record: Record) -> str:
             cells = [_cells(row, peers[row["key"]], judged.get(row["key"], {})) for row in rows]
             lines += [f"## {text}", "", *_table(cells), ""]
     lines += heads_table(record)
+    lines += invariant_table(record)
     lines += ["## What the first version was held to", "", *rules.summary(verdicts["foundation"])]
     if any(not peer.same_run for found in peers.values() for peer in found):
         lines += ["", "\\* measured earlier on such a device, not in this run."]

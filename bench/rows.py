@@ -18,7 +18,15 @@ import numpy as np
 
 import cupyattn
 from bench import peers, timing
-from bench.configs import HOST_KEY, AppendConfig, Config, DecodeConfig, MergeConfig
+from bench.configs import (
+    FIXED_SPLIT_SIZE,
+    GROUPS,
+    HOST_KEY,
+    AppendConfig,
+    Config,
+    DecodeConfig,
+    MergeConfig,
+)
 from bench.timing import Problem, Roof, num_sets
 from cupyattn import reference
 
@@ -215,6 +223,15 @@ class Pool:
                     workspace=self.workspace)
             for i in range(sets)
         ]  # fmt: skip
+        # A further way to call decode is an entry here, and a column or a table in report.py.
+        variants = {"pdl_us": [partial(launch, pdl=True) for launch in launches]}
+        if config in GROUPS["invariant"]:
+            fixed = {"fixed_split_size": FIXED_SPLIT_SIZE}
+            workspace = None
+            if xp is not np:
+                num_bytes = cupyattn.decode_workspace_bytes(q[0], caches[0], pages[0], **fixed)
+                workspace = cupyattn.decode_workspace(num_bytes=num_bytes)
+            variants["fixed_us"] = [partial(launch, workspace=workspace, **fixed) for launch in launches]
         problem = Problem(
             key=config.key,
             num_bytes=config.num_bytes,
@@ -222,8 +239,7 @@ class Pool:
             launches=launches,
             poison=lambda: out_bits.fill(NAN_BITS),
             check=lambda: inputs.check(lambda i: out_bits[i]),
-            # A further way to call decode is a line here, and a column in report.py.
-            variants={"pdl_us": [partial(launch, pdl=True) for launch in launches]},
+            variants=variants,
         )
         return problem, inputs
 

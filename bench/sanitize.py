@@ -39,33 +39,39 @@ TIMEOUT_S = 300
 # -- the grid --
 
 
-def decode_problems() -> Iterator[tuple[str, Any]]:
-    """(name, problem on the host) for each template instance of `decode`.
+def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
+    """(name, problem on the host, options) for each template instance of `decode`, and a few with fixed splits.
 
-    Two problems an instance: ragged short requests, and one whose keys take more than 32 CTAs, so that its
-    merge tree has two levels. (A CTA takes two 64-key tiles at least: 32 of them 4096 keys.)
+    Two problems an instance: short requests, and one whose keys take 36 CTAs (two tiles of 64 keys each) or 71 fixed
+    splits: more partial states than the short code merges (32). With 4 rows of 64 dimensions the last CTA to arrive
+    merges its 36 alone; more than 4 * 4096 numbers (states x rows x head_dim) the last to arrive share by slices.
     """
     from problems import build_problem
 
     from cupyattn import kernels
 
-    for dtype, head_dim, rows in itertools.product(
-        kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS, (4, 12, 20)
-    ):
-        common = {
-            "dtype": dtype,
-            "head_dim": head_dim,
-            "num_kv_heads": 1,
-            "group_size": rows,
-            "page_size": 16,
-        }
-        name = f"{dtype} d={head_dim} rows={rows}"
-        short = build_problem(
-            [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20] if rows > 16 else None, storage="interleaved",
-            window_left=40, logits_soft_cap=20.0, **common,
-        )  # fmt: skip
-        yield f"{name} short", short
-        yield f"{name} long", build_problem([4500], dense=True, layout="HND", **common)
+    for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
+        # 4, 12 and 20 rows take tiles of 8, 16 and 32; where there are more (or head_dim is), warps have their own.
+        most_rows = 40 if head_dim <= 128 else 20
+        for rows in sorted({4, 12, 20, most_rows}):
+            common = {
+                "dtype": dtype,
+                "head_dim": head_dim,
+                "num_kv_heads": 1,
+                "group_size": rows,
+                "page_size": 16,
+            }
+            short = build_problem(
+                [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20] if rows == most_rows else None,
+                storage="interleaved", window_left=40, logits_soft_cap=20.0, **common,
+            )  # fmt: skip
+            long = build_problem([4500], dense=True, layout="HND", **common)
+            modes: list[dict[str, int]] = [{}]
+            if dtype == "bfloat16" and head_dim in (64, 128) and rows <= 20:
+                modes.append({"fixed_split_size": 64})
+            for mode, (length, problem) in itertools.product(modes, (("short", short), ("long", long))):
+                fixed = " fixed" if mode else ""
+                yield f"{dtype} d={head_dim} rows={rows} {length}{fixed}", problem, mode
 
 
 def run_decode() -> int:
@@ -75,8 +81,8 @@ def run_decode() -> int:
     import cupyattn
 
     count = 0
-    for name, problem in decode_problems():
-        out, lse = to_backend(problem, _cupy()).call(cupyattn.decode, return_lse=True)
+    for name, problem, mode in decode_problems():
+        out, lse = to_backend(problem, _cupy()).call(cupyattn.decode, return_lse=True, **mode)
         wrong = int(misses(out.get(), lse.get(), attend(problem), problem.dtype, np))
         if wrong:
             raise SystemExit(f"decode {name}: {wrong} wrong numbers")

@@ -3,7 +3,7 @@
 Each figure is the median of several readings, in microseconds per launch:
 
 cold    a CUDA graph of launches that rotate over input sets which together exceed the L2 cache 2.2 times,
-        so that each launch finds its input in HBM; a variant of the launch (`pdl`) is read in the same way
+        so that each launch finds its input in HBM; a variant of the launch (`pdl`, `fixed`) is read in the same way
 warm    a CUDA graph of launches over one set
 eager   a plain Python loop over the sets, wall clock, so host time counts where it is longer than device time
 host    the same loop without the wait at its end: what a call costs the host that makes it

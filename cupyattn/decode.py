@@ -127,9 +127,7 @@ def decode(
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode: pages must be a PageTable, got {type(pages).__name__}")
     operands = (q, held, pages, qo_indptr, out, lse, workspace)
-    if fixed_split_size is not None:
-        fixed_split_size = checks.as_index("decode: fixed_split_size", fixed_split_size)
-    plan, place = _plans.find(operands, fixed_split_size)
+    plan, place = _plans.find(operands, _split_size(fixed_split_size))
     sm_scale = plan.sm_scale if sm_scale is None else checks.as_finite("decode: sm_scale", sm_scale)
     logits_soft_cap = checks.as_finite("decode: logits_soft_cap", logits_soft_cap)
     if logits_soft_cap < 0:
@@ -199,8 +197,15 @@ def decode_workspace_bytes(
     if checks.framework_of(q) != "cupy":
         raise TypeError(f"decode_workspace_bytes: q must be a CuPy array, got {type(q).__name__}")
     operands = (q, as_operand("decode", cache), pages, qo_indptr, None, None, None)
-    plan, _ = _plans.find(operands, fixed_split_size)
+    plan, _ = _plans.find(operands, _split_size(fixed_split_size))
     return plan.needed_bytes
+
+
+def _split_size(fixed_split_size: int | None) -> int | None:
+    """Return it as an int: 64.0 would find the plan of 64."""
+    if fixed_split_size is None:
+        return None
+    return checks.as_index("decode: fixed_split_size", fixed_split_size)
 
 
 def _validate(
@@ -337,9 +342,8 @@ class _CupyPlan(_DecodePlan):
         split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
         if size is not None:
             split_shift = (size // config.tile_kv).bit_length() - 1
-            num_q_tiles = -(-(1 if single else num_tokens) * group_size // config.tile_q)
-            max_splits = num_slots = (
-                cache.num_kv_heads * num_q_tiles * self._max_splits_a_head(size, cache, pages)
+            max_splits = num_slots = self._max_splits(
+                size, num_tokens * group_size, single, config.tile_q, cache, pages
             )
             if max_splits > _MAX_SLOTS:
                 raise ValueError(
@@ -369,12 +373,24 @@ class _CupyPlan(_DecodePlan):
         )  # fmt: skip
 
     @staticmethod
-    def _max_splits_a_head(size: int, cache: PagedKVCache, pages: PageTable) -> int:
-        """Bound the fixed splits of all requests in one KV head and tile of query rows, from shapes alone."""
-        tokens = int(pages.kv_indices.size) * cache.page_size
-        if pages.is_dense and tokens:  # all rows are as long as the longest may be
-            return pages.batch_size * -(-tokens // pages.batch_size // size)
-        return pages.batch_size + tokens // size
+    def _max_splits(
+        size: int, rows: int, single: bool, tile_q: int, cache: PagedKVCache, pages: PageTable
+    ) -> int:
+        """Bound the fixed splits of a step from shapes alone: in each group of a KV head, the splits of its request.
+
+        `rows` are all requests' query rows of a KV head. With one query token a request (`single`) all have as many
+        tiles of them. Else a request has rows // tile_q tiles, rounded down, and one more at most; and the products
+        of tiles and splits add up to at most the product of the sums.
+        """
+        batch_size, tokens = pages.batch_size, int(pages.kv_indices.size) * cache.page_size
+        num_q_tiles = batch_size * -(-rows // batch_size // tile_q) if single else rows // tile_q + batch_size
+        if pages.is_dense:  # no request has more than a row of the table
+            bound = num_q_tiles * max(-(-tokens // batch_size // size), 1)
+        elif single:
+            bound = num_q_tiles // batch_size * (tokens // size + batch_size)
+        else:
+            bound = rows // tile_q * (tokens // size) + num_q_tiles + tokens // size
+        return cache.num_kv_heads * bound
 
     def _check_workspace(self, workspace: Any) -> None:
         if workspace is None:

@@ -10,6 +10,7 @@ from problems import STORAGES
 from cupyattn.rope import Rope
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+FIXED_SPLIT_SIZES = st.sampled_from((None, None, None, 64, 128))
 
 
 @st.composite
@@ -36,7 +37,7 @@ def problem_arguments(
         "qo_lens": draw(st.lists(qo_len, min_size=batch, max_size=batch)) if ragged else None,
         "page_size": page_size,
         "num_kv_heads": draw(st.integers(1, 4)),
-        "group_size": draw(st.sampled_from((1, 2, 3, 4, 5, 7, 8, 12, 16))),
+        "group_size": draw(st.sampled_from((1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 32))),
         "head_dim": draw(st.sampled_from(head_dims)),
         "dtype": draw(st.sampled_from(dtypes)),
         "layout": draw(st.sampled_from(("NHD", "HND"))),

@@ -209,6 +209,17 @@ def test_the_arguments_are_good_otherwise(xp, decode_arguments):
     ("sm_scale NaN", ValueError, "sm_scale must be finite", lambda a: {"sm_scale": np.nan}),
     ("sm_scale infinite", ValueError, "sm_scale must be finite", lambda a: {"sm_scale": -np.inf}),
     ("sm_scale a string", TypeError, "sm_scale must be a number, got str", lambda a: {"sm_scale": "auto"}),
+    ("fixed splits of 32", ValueError, "fixed_split_size must be a power of two of at least 64, got 32",
+     lambda a: {"fixed_split_size": 32}),
+    ("fixed splits of 96", ValueError, "fixed_split_size must be a power of two of at least 64, got 96",
+     lambda a: {"fixed_split_size": 96}),
+    ("fixed splits of 0", ValueError, "fixed_split_size must be .*got 0", lambda a: {"fixed_split_size": 0}),
+    ("fixed splits of -64", ValueError, "fixed_split_size must be .*got -64",
+     lambda a: {"fixed_split_size": -64}),
+    ("fixed splits of 64.0", TypeError, "fixed_split_size must be an integer, got float",
+     lambda a: {"fixed_split_size": 64.0}),
+    ("fixed splits a string", TypeError, "fixed_split_size must be an integer, got str",
+     lambda a: {"fixed_split_size": "auto"}),
     ("pdl a number", TypeError, "pdl must be a bool, got int", lambda a: {"pdl": 1}),
     ("pdl None", TypeError, "pdl must be a bool, got NoneType", lambda a: {"pdl": None}),
     # Values, with validate
@@ -268,6 +279,11 @@ def misaligned(a: Any) -> Any:
     return copy
 
 
+def roomy(a: Any, num_pages: int) -> PageTable:
+    """The page table of the good arguments with room for so many pages of 8 tokens a request."""
+    return PageTable.from_dense(a.xp.zeros((3, num_pages), "i4"), a.pages.kv_lens)
+
+
 @cases(
     ("q on the host", TypeError, "must be a (numpy|cupy) array", lambda a: {"q": to_host(a.q)}),
     ("out on the host", TypeError, "out must be a cupy array", lambda a: {"out": to_host(a.out)}),
@@ -302,6 +318,10 @@ def misaligned(a: Any) -> Any:
      lambda a: {"workspace": a.xp.zeros(1 << 26, "u1")[8:]}),
     ("workspace used for something else", ValueError, "workspace must have zeros",
      lambda a: {"workspace": a.xp.ones(1 << 26, "u1"), "validate": True}),
+    ("workspace too small for fixed splits", ValueError, "workspace must be .*see decode_workspace_bytes",
+     lambda a: {"workspace": cupyattn.decode_workspace(), "fixed_split_size": 64, "pages": roomy(a, 1 << 14)}),
+    ("too many fixed splits", ValueError, "fixed_split_size = 64 makes up to 196608 splits .*more than 131072",
+     lambda a: {"fixed_split_size": 64, "pages": roomy(a, 1 << 18)}),
     ("workspace within out", ValueError, "workspace must not overlap out",
      lambda a: (lambda b: {"workspace": b, "out": part(b.view("f2"), 0, 3, 8, 64)})(
          a.xp.zeros(1 << 26, "u1"))),
@@ -311,6 +331,33 @@ def test_decode_on_the_device(case, gpu):
     arguments = {"q": good.q, "cache": good.cache, "pages": good.pages}
     arguments |= {"out": gpu.zeros((3, 8, 64), "f2"), "lse": gpu.zeros((3, 8), "f4")}
     check(cupyattn.decode, arguments, case, gpu)
+
+
+def test_decode_workspace_bytes_of_numpy_arrays():
+    good = problem(np)
+    for q, pattern in (
+        (good.q, "q must be a CuPy array, got ndarray"),
+        ([1.0], "q must be an array .*got list"),
+    ):
+        with pytest.raises(TypeError, match=f"^decode_workspace_bytes: {pattern}"):
+            cupyattn.decode_workspace_bytes(q, good.cache, good.pages)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("size", "error", "pattern"),
+    [(96, ValueError, "a power of two of at least 64, got 96"), ("64", TypeError, "an integer, got str")],
+)
+def test_decode_workspace_bytes_of_bad_splits(gpu, size, error, pattern):
+    good = problem(gpu)
+    with pytest.raises(error, match=f"fixed_split_size must be {pattern}"):
+        cupyattn.decode_workspace_bytes(good.q, good.cache, good.pages, fixed_split_size=size)
+
+
+@pytest.mark.gpu
+def test_decode_workspace_of_no_number(gpu):
+    with pytest.raises(TypeError, match="decode_workspace: num_bytes must be an integer, got float"):
+        cupyattn.decode_workspace(num_bytes=1e6)
 
 
 def test_arrays_on_two_devices(gpu):

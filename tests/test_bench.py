@@ -24,6 +24,7 @@ SMALL = [
     configs.equal(2, 40, 8, 2),
     configs.equal(2, 40, 8, 2, page_size=1, layout="HND", dtype="float16"),
     DecodeConfig((5, 33, 1, 16), 4, 1, head_dim=64, lens_name="ragged"),
+    configs.equal(1, 8192, 8, 1),  # batch-invariant too
     MergeConfig(3, 2, 4),
     AppendConfig(3, 1, 2),
     AppendConfig(2, 5, 2, rope=True),
@@ -97,6 +98,16 @@ def test_heads_group_compares_the_same_steps() -> None:
     steps = {kv: {config.lens for config in grid if config.num_kv_heads == kv} for kv in (32, 8, 1)}
     assert steps[32] == steps[8] == steps[1]
     assert sum(map(len, steps.values())) == len(grid)
+
+
+def test_invariant_rows_are_timed_with_fixed_splits() -> None:
+    chosen = configs.GROUPS["invariant"]
+    assert {config.batch for config in chosen if isinstance(config, DecodeConfig)} == {1, 8, 64}
+    for config in SMALL:
+        problem, _ = small_problem(config)
+        assert ("fixed_us" in problem.variants) == (config in chosen)
+        for launch in problem.variants.get("fixed_us", ()):
+            assert launch.keywords["fixed_split_size"] == configs.FIXED_SPLIT_SIZE
 
 
 # --- traces ---
@@ -633,6 +644,42 @@ def test_heads_table_is_tokens_and_memory() -> None:
     assert all(title in table[6] for title in titles)
     assert table[8] == "| 8 x 1024 | 160,000 | 400,000 | 800,000 | 128 | 32 | 4 |"
     assert report.heads_table(synthetic_record([])) == []
+
+
+def test_invariant_table_is_a_ratio() -> None:
+    first, second = configs.GROUPS["invariant"][:2]
+    assert isinstance(first, DecodeConfig)
+    assert isinstance(second, DecodeConfig)
+    found = synthetic_record([timed_row(first, 10.0, fixed_us=46.7), timed_row(second, 90.0)])
+    table = report.invariant_table(found)
+    assert f"fixed_split_size={configs.FIXED_SPLIT_SIZE}" in table[2]
+    assert [line for line in table if line.startswith("| b")] == [f"| {first.key} | 10.0 | 46.7 | 4.67 |"]
+    text = report.markdown(found)
+    assert "\n".join(table) in text
+    assert text.index("## Rows that are timed in") < text.index("## Batch-invariant mode")
+    assert report.invariant_table(synthetic_record([timed_row(second, 90.0)])) == []
+
+
+def test_every_group_is_reported() -> None:
+    found = [timed_row(c, 9.0) if isinstance(c, DecodeConfig) else synthetic_row(c) for c in configs.GRID]
+    text = report.markdown(synthetic_record(found))
+    assert all(f"| {config.key} |" in text for config in configs.GRID)
+
+
+def test_sanitizer_runs_every_instance_once() -> None:
+    from bench.sanitize import decode_problems
+    from cupyattn import kernels
+
+    seen = []
+    for name, problem, mode in decode_problems():
+        tokens, heads, head_dim = problem.q.shape
+        rows = -(-tokens // len(problem.kv_lens)) * heads
+        shape = kernels.decode_config("sm_90", head_dim, heads if mode else rows)
+        seen.append((kernels.decode_template(problem.dtype, head_dim, shape, bool(mode)), name.split()[3:]))
+    plain = {(template, *kind) for template, kind in seen if "fixed" not in kind}
+    instances = {t for t in kernels._decode_instances("sm_90") if not t[-1]}
+    assert plain == {(template, kind) for template in instances for kind in ("short", "long")}
+    assert len(seen) == len(plain) + 2 * 2 * 3
 
 
 def test_sanitizer_findings_are_counted_by_kernel() -> None:

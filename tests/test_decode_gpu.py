@@ -1,4 +1,4 @@
-"""`decode` on the device: FlashInfer's grid, edges, poison, determinism, CUDA graphs, streams, threads, fuzz.
+"""`decode` on the device: FlashInfer's grid, edges, poison, determinism, fixed splits, CUDA graphs, streams, fuzz.
 
 All but what needs a device by nature runs on NumPy too, in small, so that the tests themselves are tested.
 """
@@ -28,7 +28,7 @@ from device import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import POISON_PAGE, STORAGES, assert_close, build_problem, oracle, to_backend, to_host
-from strategies import HEAD_DIMS, problem_arguments
+from strategies import FIXED_SPLIT_SIZES, HEAD_DIMS, problem_arguments
 
 import cupyattn
 
@@ -122,9 +122,12 @@ def test_grid_of_flashinfer(xp, pools, layout, page_size, head_dim):
 # -- every shape of the kernel --
 
 SHAPES = {
-    # group_size x query tokens up to 16 rows: all warps on the same rows; beyond: rows of their own
+    # group_size x query tokens up to 32 rows (16 in the widest heads): all warps on the same rows; beyond: rows of
+    # their own
     "one-token": {"kv_lens": [0, 1, 15, 16, 17, 63, 64, 65, 129, 700], "group_size": 4},
     "few-rows": {"kv_lens": [1, 64, 200, 5, 0], "qo_lens": [1, 4, 3, 0, 4], "group_size": 4},
+    "one-token-32-rows": {"kv_lens": [0, 1, 64, 65, 700], "group_size": 20, "num_kv_heads": 1},
+    "few-tokens-32-rows": {"kv_lens": [300, 64, 1, 0], "qo_lens": [7, 12, 1, 3], "group_size": 5},
     "window": {"kv_lens": [0, 3, 64, 65, 400, 900], "group_size": 3, "window_left": 63},
     "own-token": {"kv_lens": [1, 17, 300], "group_size": 2, "window_left": 0},
     "soft-cap": {"kv_lens": [40, 300, 2], "group_size": 8, "logits_soft_cap": 5.0, "sm_scale": 1.0},
@@ -155,7 +158,7 @@ def test_every_head_dim(xp, head_dim, dtype):
             check(problem, (name, head_dim, dtype, arguments))
 
 
-@pytest.mark.parametrize("group_size", [2, 3, 6, 12, 17, 32, 64, 128])
+@pytest.mark.parametrize("group_size", [2, 3, 6, 12, 17, 20, 24, 25, 31, 32, 33, 64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_any_group_size(xp, group_size, head_dim):
     kv_lens = size(xp, [0, 1, 100, 1000, 5000], [0, 1, 100])
@@ -224,7 +227,7 @@ def test_one_long_request_beside_short_ones(xp, pools):
 @pytest.mark.parametrize("window_left", [-1, 1000])
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_a_million_tokens(xp, pools, page_size, window_left):
-    """One group over all CTAs: a merge of three levels."""
+    """One group over all CTAs: some 260 partial states."""
     with freed(xp):
         problem = pools(xp, "float16").problem(
             [size(xp, 1_000_003, 10_003)], page_size=page_size, num_kv_heads=1, group_size=8, head_dim=64,
@@ -234,9 +237,9 @@ def test_a_million_tokens(xp, pools, page_size, window_left):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_merge_trees(xp, pools, head_dim):
-    """Groups over 1, 2, ... some hundred CTAs, so that nodes of every width and level come up."""
-    for step, rows in itertools.product(size(xp, (64, 448, 2048, 12000), (64,)), (1, 20)):
+def test_merges(xp, pools, head_dim):
+    """Groups over 1, 2, ... some hundred CTAs: states that one CTA merges, and that several share by slices."""
+    for step, rows in itertools.product(size(xp, (64, 448, 2048, 12000), (64,)), (1, 12, 20, 32)):
         kv_lens = [step * (i + 1) + i for i in range(5)] + [0]
         problem = pools(xp, "bfloat16").problem(
             kv_lens, page_size=8, num_kv_heads=1, group_size=rows, head_dim=head_dim, seed=step
@@ -283,20 +286,22 @@ def decode_bytes(problem, **more):
     return to_host(out).tobytes() + to_host(lse).tobytes()
 
 
+@pytest.mark.parametrize("fixed_split_size", [None, 512])
 @pytest.mark.parametrize("qo_lens", [None, [3, 40, 0, 1]])
 @pytest.mark.parametrize("head_dim", [80, 128, 256])  # rows of partials that share warps, fill one, fill two
-def test_the_same_bits_every_time(xp, head_dim, qo_lens):
+def test_the_same_bits_every_time(xp, head_dim, qo_lens, fixed_split_size):
+    mode = {"fixed_split_size": fixed_split_size}
     kv_lens = size(xp, [9000, 77, 300, 40000], [300, 77, 30, 100])
     problem = build_problem(kv_lens, qo_lens=qo_lens, head_dim=head_dim, xp=xp)
     other = build_problem([500, 3], head_dim=64, xp=xp)
-    first = decode_bytes(problem)
+    first = decode_bytes(problem, **mode)
     for i in range(20):
         if i % 3 == 0:
             other.call(cupyattn.decode)  # leaves other partials in the workspace
-        assert decode_bytes(problem) == first, f"run {i}"
+        assert decode_bytes(problem, **mode) == first, f"run {i}"
     stream = new_stream(xp)
     out, lse = xp.empty_like(problem.q), xp.empty(problem.q.shape[:2], np.float32)
-    replay = capture(xp, stream, lambda: problem.call(cupyattn.decode, out=out, lse=lse))
+    replay = capture(xp, stream, lambda: problem.call(cupyattn.decode, out=out, lse=lse, **mode))
     for _ in range(5):
         with stream:
             poison(out)
@@ -305,13 +310,160 @@ def test_the_same_bits_every_time(xp, head_dim, qo_lens):
         assert to_host(out).tobytes() + to_host(lse).tobytes() == first
 
 
+@pytest.mark.parametrize("fixed_split_size", [None, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group_size", [8, 16, 32])
+def test_large_merges_whoever_comes_last(xp, pools, group_size, head_dim, fixed_split_size):
+    """263 states of one group on an H100 (of 2112 tiles on 264 CTAs), 2100 with fixed splits.
+
+    Which CTAs share them varies; the bits must not.
+    """
+    problem = pools(xp, "bfloat16").problem(
+        [700, size(xp, 134_400, 3000), 40], page_size=16, num_kv_heads=1, group_size=group_size,
+        head_dim=head_dim, dense=False,
+    )  # fmt: skip
+    check(problem, (group_size, head_dim), fixed_split_size=fixed_split_size)
+    first = decode_bytes(problem, fixed_split_size=fixed_split_size)
+    for i in range(size(xp, 50, 1)):
+        assert decode_bytes(problem, fixed_split_size=fixed_split_size) == first, f"run {i}"
+
+
+# -- fixed splits: a request's bits are its own --
+
+
+@pytest.mark.parametrize("fixed_split_size", [64, 128, 1024])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_fixed_splits(xp, head_dim, fixed_split_size):
+    """Every shape of the kernel, and lengths about the cuts; the other dtype of each head_dim is left to the fuzz."""
+    dtype = DTYPES[HEAD_DIMS.index(head_dim) % 2]
+    kinds = itertools.cycle(itertools.product(("NHD", "HND"), (False, True)))
+    pages = itertools.cycle((1, 16, 64))
+    around = [cut + i for cut in (fixed_split_size, 3 * fixed_split_size) for i in (-1, 0, 1)]
+    groups = {
+        f"group {n}": {"kv_lens": [0, 1, *around], "num_kv_heads": 1, "group_size": n} for n in (1, 8, 16, 32)
+    }
+    for i, (name, shape) in enumerate((SHAPES | groups).items()):
+        layout, dense = next(kinds)
+        arguments = shape | {"layout": layout, "dtype": dtype, "dense": dense, "page_size": next(pages)}
+        if name in groups and i % 2:
+            arguments |= {"window_left": fixed_split_size + 70, "logits_soft_cap": 30.0}
+        problem = build_problem(head_dim=head_dim, seed=i, xp=xp, **arguments)
+        check(problem, (name, head_dim, arguments), fixed_split_size=fixed_split_size)
+
+
+def test_fixed_splits_change_nothing_on_numpy():
+    problem = build_problem([0, 63, 64, 200], qo_lens=[1, 2, 3, 0])
+    assert decode_bytes(problem, fixed_split_size=64) == decode_bytes(problem)
+    assert decode_bytes(problem, fixed_split_size=np.int64(128)) == decode_bytes(problem)
+
+
+def pick(problem, requests):
+    """The batch of these requests of a problem with a CSR table, in this order."""
+    xp = problem.xp
+
+    def rows(values, indptr):
+        begins = to_host(indptr)
+        picked = np.concatenate([np.arange(begins[b], begins[b + 1]) for b in requests])
+        ends = np.cumsum(np.diff(begins)[requests])
+        return values[xp.asarray(picked)], xp.asarray(np.concatenate([[0], ends]).astype(np.int32))
+
+    kv_indices, kv_indptr = rows(problem.kv_indices, problem.kv_indptr)
+    chosen = problem.replace(
+        kv_indptr=kv_indptr, kv_indices=kv_indices, kv_lens=problem.kv_lens[xp.asarray(requests)]
+    )
+    if problem.qo_indptr is None:
+        return chosen.replace(q=problem.q[xp.asarray(requests)])
+    q, qo_indptr = rows(problem.q, problem.qo_indptr)
+    return chosen.replace(q=q, qo_indptr=qo_indptr)
+
+
+def bits_of_requests(problem, **more):
+    """What `decode` gives each request of a batch, in bytes."""
+    out, lse = (to_host(a) for a in problem.call(cupyattn.decode, return_lse=True, **more))
+    begins = range(len(out) + 1) if problem.qo_indptr is None else to_host(problem.qo_indptr)
+    return [out[a:b].tobytes() + lse[a:b].tobytes() for a, b in itertools.pairwise(begins)]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("fixed_split_size", [64, 512])
+@pytest.mark.parametrize(
+    ("group_size", "head_dim", "options"),
+    [
+        (1, 80, {}),
+        (4, 128, {}),
+        (8, 256, {"window_left": 600}),
+        (16, 64, {"logits_soft_cap": 20.0}),
+        (32, 128, {}),
+        (40, 64, {}),
+    ],
+)
+def test_neighbours_change_no_bit(xp, group_size, head_dim, options, fixed_split_size, ragged):
+    """Each request alone, then in batches of 3 and of 40, at other places beside other neighbours."""
+    rng = np.random.default_rng(group_size)
+    kv_lens = [size(xp, 3000, 400), 2 * fixed_split_size, 0, *rng.integers(1, size(xp, 600, 150), 37)]
+    qo_lens = [2, 3, 1, *rng.integers(0, 4, 37)] if ragged else None
+    every = build_problem(
+        kv_lens, qo_lens=qo_lens, group_size=group_size, num_kv_heads=1, head_dim=head_dim, xp=xp, **options
+    )
+    alone = [
+        bits_of_requests(pick(every, [b]), fixed_split_size=fixed_split_size)[0] for b in range(len(kv_lens))
+    ]
+    threes = ([0, 1, 2], [2, 0, 30], [17, 5, 0], [1, 1, 1])
+    for batch in map(list, (*threes, range(40), range(39, -1, -1), rng.permutation(40))):
+        found = bits_of_requests(pick(every, batch), fixed_split_size=fixed_split_size)
+        for place, (b, bits) in enumerate(zip(batch, found, strict=True)):
+            assert bits == alone[b], f"request {b} of {kv_lens[b]} keys, at place {place} of {len(batch)}"
+
+
+def test_a_token_beside_prompts_is_the_token_alone(xp):
+    """One query token a request without `qo_indptr`, and among requests that have many with it."""
+    every = build_problem([3000, 70, 500], qo_lens=[1, 70, 33], group_size=4, xp=xp)
+    together = bits_of_requests(every, fixed_split_size=256)
+    alone = pick(every, [0]).replace(qo_indptr=None)
+    assert bits_of_requests(alone, fixed_split_size=256) == together[:1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_kv_heads", "qo_lens"), [(8, None), (2, [3, 1, 20])])
+def test_workspace_of_fixed_splits(gpu, num_kv_heads, qo_lens):
+    """Nothing past its end is written; it serves calls of both modes in turn."""
+    problem = build_problem(
+        [40_000, 0, 3000], qo_lens=qo_lens, num_kv_heads=num_kv_heads, head_dim=128, xp=gpu
+    )
+
+    def num_bytes(size):
+        operands = problem.q, problem.cache, problem.pages
+        return cupyattn.decode_workspace_bytes(*operands, qo_indptr=problem.qo_indptr, fixed_split_size=size)
+
+    ordinary, needed = cupyattn.decode_workspace(), num_bytes(64)
+    assert num_bytes(None) <= ordinary.nbytes < needed
+    assert num_bytes(1024) <= needed
+    assert cupyattn.decode_workspace(num_bytes=1).nbytes == ordinary.nbytes
+    with pytest.raises(
+        ValueError, match=f"workspace must .*at least {needed} bytes .*decode_workspace_bytes"
+    ):
+        problem.call(cupyattn.decode, workspace=ordinary, fixed_split_size=64)
+    counter_bytes = importlib.import_module("cupyattn.decode")._COUNTER_BYTES
+    memory = gpu.full(needed + 4096, 0xFF, np.uint8)  # partial states of NaN, and what must stay as it is
+    memory[:counter_bytes] = 0
+    for workspace in (memory[:needed], cupyattn.decode_workspace(num_bytes=needed)):
+        assert workspace.nbytes == needed
+        for fixed_split_size in (64, None, 64, 1024, None):
+            check(problem, fixed_split_size, workspace=workspace, fixed_split_size=fixed_split_size)
+            assert not workspace[:counter_bytes].any(), fixed_split_size
+    assert (memory[needed:] == 0xFF).all()
+
+
 # -- CUDA graphs --
 
 
 class Changing:
     """A problem whose lengths, tables and queries are rewritten in place, at random, within fixed shapes."""
 
-    def __init__(self, xp, pool, *, dense, ragged, head_dim, group_size, window_left=-1, batch=11):
+    def __init__(
+        self, xp, pool, *, dense, ragged, head_dim, group_size, window_left=-1, fixed_split_size=None, batch=11
+    ):  # fmt: skip
+        self.mode = {"fixed_split_size": fixed_split_size}
         self.xp, self.rng, self.page_size = xp, np.random.default_rng(batch), 16
         self.longest, self.dense, self.ragged = size(xp, 6000, 150), dense, ragged
         self.problem = pool.problem(
@@ -322,7 +474,12 @@ class Changing:
         self.lse = xp.empty(self.problem.q.shape[:2], np.float32)
 
     def call(self, **more):
-        self.problem.call(cupyattn.decode, out=self.out, lse=self.lse, **more)
+        self.problem.call(cupyattn.decode, **({"out": self.out, "lse": self.lse} | self.mode | more))
+
+    def workspace(self):
+        p = self.problem
+        num_bytes = cupyattn.decode_workspace_bytes(p.q, p.cache, p.pages, qo_indptr=p.qo_indptr, **self.mode)
+        return cupyattn.decode_workspace(num_bytes=num_bytes)
 
     def change(self):
         p, xp, rng = self.problem, self.xp, self.rng
@@ -374,6 +531,7 @@ GRAPHS = {
     "csr": {"dense": False, "ragged": False, "head_dim": 64, "group_size": 16},
     "ragged": {"dense": False, "ragged": True, "head_dim": 128, "group_size": 4},
     "window": {"dense": True, "ragged": True, "head_dim": 256, "group_size": 8, "window_left": 200},
+    "fixed": {"dense": False, "ragged": True, "head_dim": 128, "group_size": 4, "fixed_split_size": 512},
 }
 
 
@@ -385,7 +543,7 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace, mode):
     changing = Changing(xp, pools(xp, "bfloat16"), **GRAPHS[kind])
     changing.change()
     changing.call()  # loads the kernel, on another stream
-    workspace = cupyattn.decode_workspace() if own_workspace and xp is not np else None
+    workspace = changing.workspace() if own_workspace and xp is not np else None
     stream = unused_stream(xp)
     if xp is not np:
         xp.cuda.Device().synchronize()
@@ -393,7 +551,7 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace, mode):
     replay_often(xp, changing, stream, replay, size(xp, 200 if mode == "Relaxed" else 20, 8))
 
 
-@pytest.mark.parametrize("kind", ["csr", "ragged"])
+@pytest.mark.parametrize("kind", ["csr", "ragged", "fixed"])
 def test_ten_thousand_replays(xp, pools, kind, record_property):
     """Of two launches each, the second of which starts while the first is finishing (`pdl`)."""
     changing = Changing(xp, pools(xp, "bfloat16"), **GRAPHS[kind])
@@ -411,7 +569,7 @@ def test_ten_thousand_replays(xp, pools, kind, record_property):
 
     def launch_twice():
         changing.call()
-        p.call(cupyattn.decode, out=other_out, lse=other_lse, pdl=True)
+        changing.call(out=other_out, lse=other_lse, pdl=True)
 
     launch_twice()  # loads the kernel, on another stream
     stream = new_stream(xp)
@@ -436,9 +594,11 @@ def test_ten_thousand_replays(xp, pools, kind, record_property):
     record_property("replays", times)
 
 
+@pytest.mark.parametrize("fixed_split_size", [None, 64])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_dependent_launches_wait_for_what_they_read(xp, head_dim):
+def test_dependent_launches_wait_for_what_they_read(xp, head_dim, fixed_split_size):
     """append writes the keys and queries that decode reads; decodes share a workspace."""
+    mode = {"fixed_split_size": fixed_split_size}
     problem = build_problem(
         size(xp, [9000, 1, 300, 4000], [300, 1, 30, 100]), head_dim=head_dim, poison=False, xp=xp
     )
@@ -453,7 +613,7 @@ def test_dependent_launches_wait_for_what_they_read(xp, head_dim):
         for k, v in zip(*new, strict=True):
             q = cupyattn.append(k, v, problem.cache, problem.pages, rope=cupyattn.Rope(), q=problem.q)
             for _ in range(3):
-                results.append(cupyattn.decode(q, problem.cache, problem.pages, pdl=pdl))  # noqa: PERF401
+                results.append(cupyattn.decode(q, problem.cache, problem.pages, pdl=pdl, **mode))  # noqa: PERF401
         wanted.append([to_host(out).tobytes() for out in results])
     assert wanted[0] == wanted[1]
     assert len(set(wanted[0])) == 3
@@ -672,14 +832,16 @@ def test_fuzz_gpu(xp, record_property):
         max_examples=target, deadline=None, derandomize=False, database=None, print_blob=True,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(strategy)
-    def fuzz(arguments):
+    @given(strategy, FIXED_SPLIT_SIZES)
+    def fuzz(arguments, fixed_split_size):
         nonlocal cases
         cases += 1
         problem = build_problem(**arguments)
         expected = attend(problem)
-        out, lse = to_backend(problem, xp).call(cupyattn.decode, return_lse=True)
-        assert_right(to_host(out), to_host(lse), expected, problem.dtype, arguments)
+        out, lse = to_backend(problem, xp).call(
+            cupyattn.decode, return_lse=True, fixed_split_size=fixed_split_size
+        )
+        assert_right(to_host(out), to_host(lse), expected, problem.dtype, (arguments, fixed_split_size))
 
     fuzz()
     if xp is not np:

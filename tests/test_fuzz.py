@@ -18,7 +18,7 @@ from problems import (
     to_backend,
     to_host,
 )
-from strategies import problem_arguments, ropes
+from strategies import FIXED_SPLIT_SIZES, problem_arguments, ropes
 
 import cupyattn
 from cupyattn import reference
@@ -28,13 +28,13 @@ GPU_DTYPES = ("float16", "bfloat16")
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-def check_decode(arguments, xp, given_out=False, as_pair=False):
+def check_decode(arguments, xp, given_out=False, as_pair=False, fixed_split_size=None):
     """One problem through `decode`, into poisoned and guarded arrays or new ones."""
     problem = build_problem(**arguments)
     expected = oracle(problem)
     problem = to_backend(problem, xp)
     cache = (problem.k_pages, problem.v_pages) if as_pair and problem.layout == "NHD" else problem.cache
-    options = problem.options | {"return_lse": True, "validate": True}
+    options = problem.options | {"return_lse": True, "validate": True, "fixed_split_size": fixed_split_size}
     if given_out:
         guards = [Guarded(problem.q.shape, problem.q.dtype, xp), Guarded(problem.q.shape[:2], np.float32, xp)]
         options |= {"out": guards[0].array, "lse": guards[1].array}
@@ -100,11 +100,11 @@ def check_append(arguments, rope, xp, rotate_q, in_place):
 
 
 @settings(max_examples=400, suppress_health_check=QUIET)
-@given(problem_arguments(), st.booleans(), st.booleans())
-@example({"kv_lens": []}, True, False)
-@example({"kv_lens": [0, 0], "qo_lens": [0, 3]}, False, False)
-def test_decode(arguments, given_out, as_pair):
-    check_decode({"dtype": "bfloat16"} | arguments, np, given_out, as_pair)
+@given(problem_arguments(), st.booleans(), st.booleans(), FIXED_SPLIT_SIZES)
+@example({"kv_lens": []}, True, False, 64)
+@example({"kv_lens": [0, 0], "qo_lens": [0, 3]}, False, False, None)
+def test_decode(arguments, given_out, as_pair, fixed_split_size):
+    check_decode({"dtype": "bfloat16"} | arguments, np, given_out, as_pair, fixed_split_size)
 
 
 @settings(max_examples=250, suppress_health_check=QUIET)

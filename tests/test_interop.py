@@ -108,6 +108,8 @@ def test_decode(framework, name, validate):
     assert_close(framework.numpy(lse), expected_lse, 1e-3, "lse")
     alone = cupyattn.decode(*args, **options)
     assert framework.numpy(alone).tobytes() == framework.numpy(out).tobytes()
+    split = cupyattn.decode(*args, **options, fixed_split_size=64)
+    assert_close(framework.numpy(split), expected, TOLERANCE[problem.dtype])
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
