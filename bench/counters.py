@@ -207,22 +207,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_cases()
         return 0
     ncu = find_ncu()
-    sha = record.source_sha256()
-    rows = rows_of(run_ncu(ncu))
-    if record.source_sha256() != sha:
-        raise SystemExit("the sources changed during the run: nothing recorded")
+    with record.unchanged_sources() as sha:
+        rows = rows_of(run_ncu(ncu))
     if options.record is not None:
         environment = timing.environment()
         slug = timing.device_slug(environment["device"])
         path = Path(options.record or record.RESULTS / f"counters_{slug}.json")
-        version = subprocess.run([ncu, "--version"], capture_output=True, text=True).stdout
-        found = re.search(r"Version (\S+)", version)
         record.write(
             {
                 "kind": "decode counters",
                 **environment,
                 "source_sha256": sha,
-                "ncu_version": found[1] if found else version.strip(),
+                "ncu_version": record.tool_version(ncu),
                 "command": f"ncu {' '.join(OPTIONS)} python bench/counters.py --child",
                 "rows": rows,
             },

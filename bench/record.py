@@ -13,9 +13,11 @@ is wrong or misses what the first version was held to; the other rules are repor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -23,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -48,6 +50,22 @@ def source_sha256(root: Path = ROOT) -> str:
     for name in sorted(sources):
         digest.update(name.encode() + b"\0" + sources[name].read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def unchanged_sources() -> Iterator[str]:
+    """The hash of the sources; SystemExit where they are others when the body has run."""
+    sha = source_sha256()
+    yield sha
+    if source_sha256() != sha:
+        raise SystemExit("the sources changed during the run: its record would be worthless")
+
+
+def tool_version(tool: str) -> str:
+    """What a command-line tool of CUDA calls its version."""
+    text = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"Version (\S+)", text)
+    return found[1] if found else text.strip()
 
 
 def write(record: Record, path: Path) -> None:
@@ -104,9 +122,8 @@ def parse_junit(path: Path) -> Record:
 
 
 def record_tests(path: Path) -> int:
-    sha = source_sha256()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
+    with unchanged_sources() as sha, tempfile.TemporaryDirectory() as scratch:
         junit = Path(scratch) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={junit}"]
         code = subprocess.run(command, cwd=ROOT).returncode
@@ -114,9 +131,6 @@ def record_tests(path: Path) -> int:
             print(f"pytest ended with {code} and left no report; nothing recorded")
             return code or 1
         counts = parse_junit(junit)
-    if source_sha256() != sha:
-        print("the sources changed while the tests ran; nothing recorded")
-        return 1
     record = {
         "kind": "gpu tests",
         **timing.environment(),
@@ -159,34 +173,32 @@ def record_bench(chosen: Sequence[configs.Config], path: Path, seed: int, with_p
     from bench.rows import Bench  # imports cupyattn
 
     start = time.perf_counter()
-    sha = source_sha256()
-    bench = Bench(chosen, seed, with_peers)
-    record: Record = {
-        "kind": "decode bench",
-        **bench.environment,
-        "source_sha256": sha,
-        "seed": seed,
-        "read_roof_gbs": bench.roof.read_gbs,
-        "matmul_tflops": bench.roof.matmul_tflops,
-        "peers": bench.peer_versions,
-        "wall_s": 0.0,
-        "rules": [],
-        "foundation": [],
-        "rows": [],
-    }
-    for config in chosen:
-        try:
-            row = bench.row(config)
-        except Exception as error:  # the other rows are still worth having
-            traceback.print_exc()
-            row = {"key": config.key, "error": f"{type(error).__name__}: {error}"}
-        record["rows"].append(row)
-        judge(record)
-        record["wall_s"] = round(time.perf_counter() - start, 1)
-        write(record, path)
-        print(f"{record['wall_s']:6.1f} s  {line(row)}", flush=True)
-    if source_sha256() != sha:
-        raise SystemExit("the sources changed during the run: the record is worthless")
+    with unchanged_sources() as sha:
+        bench = Bench(chosen, seed, with_peers)
+        record: Record = {
+            "kind": "decode bench",
+            **bench.environment,
+            "source_sha256": sha,
+            "seed": seed,
+            "read_roof_gbs": bench.roof.read_gbs,
+            "matmul_tflops": bench.roof.matmul_tflops,
+            "peers": bench.peer_versions,
+            "wall_s": 0.0,
+            "rules": [],
+            "foundation": [],
+            "rows": [],
+        }
+        for config in chosen:
+            try:
+                row = bench.row(config)
+            except Exception as error:  # the other rows are still worth having
+                traceback.print_exc()
+                row = {"key": config.key, "error": f"{type(error).__name__}: {error}"}
+            record["rows"].append(row)
+            judge(record)
+            record["wall_s"] = round(time.perf_counter() - start, 1)
+            write(record, path)
+            print(f"{record['wall_s']:6.1f} s  {line(row)}", flush=True)
     print(
         "",
         f"{record['device']}: roof {record['read_roof_gbs']:.0f} GB/s, "
@@ -204,7 +216,7 @@ def record_gemma3(path: Path, model: str | None) -> int:
     """Both backends write 64 tokens after each of the example's prompts; 1 if a text differs without a tie."""
     from cupyattn.examples import gemma3
 
-    with tempfile.TemporaryDirectory() as folder:
+    with unchanged_sources() as sha, tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "compare.json"
         gemma3.main(
             ["--compare", "--tokens", "64", "--json", str(file), *(["--model", model] if model else [])]
@@ -213,7 +225,7 @@ def record_gemma3(path: Path, model: str | None) -> int:
     record = {
         "kind": "gemma3 greedy text",
         **timing.environment(),
-        "source_sha256": source_sha256(),
+        "source_sha256": sha,
         **result,
     }
     write(record, path)

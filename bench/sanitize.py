@@ -231,19 +231,17 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
 
 def write_record(path: Path, tools: Sequence[str]) -> int:
     sanitizer = find_sanitizer()
-    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout
-    sha = record.source_sha256()
-    subprocess.run([sys.executable, __file__], cwd=ROOT, check=True)  # fills the cache of compiled kernels
-    results = [run_tool(sanitizer, tool) for tool in tools]
-    if record.source_sha256() != sha:
-        raise SystemExit("the sources changed during the run: nothing recorded")
-    found = re.search(r"Version (\S+)", version)
+    with record.unchanged_sources() as sha:
+        subprocess.run(
+            [sys.executable, __file__], cwd=ROOT, check=True
+        )  # fills the cache of compiled kernels
+        results = [run_tool(sanitizer, tool) for tool in tools]
     record.write(
         {
             "kind": "compute-sanitizer",
             **timing.environment(),
             "source_sha256": sha,
-            "sanitizer_version": found[1] if found else version.strip(),
+            "sanitizer_version": record.tool_version(sanitizer),
             "command": f"compute-sanitizer --tool TOOL --error-exitcode {ERROR_EXIT} python bench/sanitize.py",
             "rows": results,
         },

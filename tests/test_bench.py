@@ -359,6 +359,15 @@ def test_device_slug(name: str, slug: str) -> None:
 # --- records ---
 
 
+def test_a_run_whose_sources_change_is_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = iter("aabc")
+    monkeypatch.setattr(record, "source_sha256", lambda: next(hashes))
+    with record.unchanged_sources() as sha:
+        assert sha == "a"
+    with pytest.raises(SystemExit, match="sources changed during the run"), record.unchanged_sources():
+        pass
+
+
 def test_source_sha256_is_as_defined(tmp_path: Path) -> None:
     files = {
         "cupyattn/a.py": b"a = 1\n",
