@@ -17,11 +17,11 @@ from cupyattn.runtime.launch import Launcher
 from cupyattn.runtime.registry import get_kernel
 from cupyattn.runtime.workspace import default_workspace, zeroed
 
-# Counters of groups come first in a workspace and are zero between launches. Their region has one size, so
-# that calls of every shape can share a workspace: no call's partial states lie where another's counters do.
+# What comes first in a workspace: Departures<TileInfo>::Memory of partials.cuh.
 _MAX_CTAS = 4096
-_MAX_SLOTS = 2**17
-_COUNTER_BYTES = 8 * _MAX_SLOTS
+_TILE_INFO_BYTES = 64
+_DEPARTURES_BYTES = 16 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
+_MAX_SLOTS = 2**17  # partial states, with fixed splits: several GB
 
 
 def decode(
@@ -145,7 +145,8 @@ def decode(
 def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     """Allocate a workspace for `decode`, large enough for every call on that device without `fixed_split_size`.
 
-    Its first bytes are counters that must be zero between launches; `decode` leaves them so.
+    All of it must be zero between launches; `decode` leaves it so. Launches that overlap in time must not share one:
+    they would take each other's partial states, and may end in an error of the device.
 
     Parameters
     ----------
@@ -157,10 +158,17 @@ def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     Returns
     -------
     cupy.ndarray, uint8
-        About 18 MB on an H100.
+        About 19 MB on an H100.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `num_bytes` is not an integer of at least 0.
     """
     properties = device_properties(device)
     num_bytes = checks.as_index("decode_workspace: num_bytes", num_bytes)
+    if num_bytes < 0:
+        raise ValueError(f"decode_workspace: num_bytes must be at least 0, got {num_bytes}")
     return zeroed(max(_workspace_bytes(properties.id), num_bytes), properties.id)
 
 
@@ -181,7 +189,7 @@ def decode_workspace_bytes(
     Parameters
     ----------
     q, cache, pages, qo_indptr, fixed_split_size
-        As for `decode`; arrays of CuPy. Nothing is read or written.
+        As for `decode`; CUDA arrays of CuPy, torch or JAX. Nothing is read or written.
 
     Returns
     -------
@@ -191,12 +199,26 @@ def decode_workspace_bytes(
     Raises
     ------
     TypeError, ValueError
-        As `decode` does; TypeError for arrays that are not CuPy's.
+        As `decode` does; TypeError for arrays that are not on a GPU.
     """
+    if interop.is_foreign(q):
+        return int(
+            interop.call(
+                decode_workspace_bytes,
+                q,
+                q,
+                cache,
+                pages,
+                qo_indptr=qo_indptr,
+                fixed_split_size=fixed_split_size,
+            )
+        )
     checks.check_is_array("decode_workspace_bytes: q", q)
     if checks.framework_of(q) != "cupy":
         raise TypeError(f"decode_workspace_bytes: q must be a CuPy array, got {type(q).__name__}")
-    operands = (q, as_operand("decode", cache), pages, qo_indptr, None, None, None)
+    if not isinstance(pages, PageTable):
+        raise TypeError(f"decode_workspace_bytes: pages must be a PageTable, got {type(pages).__name__}")
+    operands = (q, as_operand("decode_workspace_bytes", cache), pages, qo_indptr, None, None, None)
     plan, _ = _plans.find(operands, _split_size(fixed_split_size))
     return plan.needed_bytes
 
@@ -215,8 +237,8 @@ def _validate(
         "decode", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
         num_tokens=q.shape[0], window_left=window_left,
     )  # fmt: skip
-    if workspace is not None and checks.to_host(workspace)[:_COUNTER_BYTES].any():
-        raise ValueError(f"decode: workspace must have zeros in its first {_COUNTER_BYTES} bytes, got others")
+    if workspace is not None and checks.to_host(workspace).any():
+        raise ValueError("decode: workspace must be all zeros between launches, got others")
 
 
 _TABLES = ("kv_indptr", "kv_indices", "kv_lens")
@@ -339,20 +361,24 @@ class _CupyPlan(_DecodePlan):
         template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
         kernel = get_kernel("decode", *template, device=self.device)
         num_ctas, shared_bytes = _grid(kernel, config, head_dim)
+        # CTAs without work only delay the next launch.
+        max_units = self._max_units(
+            size or config.tile_kv, num_tokens * group_size, single, config.tile_q, cache, pages
+        )
+        num_ctas = min(num_ctas, max_units)
         split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
         if size is not None:
             split_shift = (size // config.tile_kv).bit_length() - 1
-            max_splits = num_slots = self._max_splits(
-                size, num_tokens * group_size, single, config.tile_q, cache, pages
-            )
+            max_splits = num_slots = max_units
             if max_splits > _MAX_SLOTS:
                 raise ValueError(
                     f"decode: fixed_split_size = {size} makes up to {max_splits} splits of what the "
                     f"page table has room for, more than {_MAX_SLOTS}"
                 )
-        self.lse_offset = _COUNTER_BYTES
-        self.out_offset = self.lse_offset + 4 * num_slots * config.tile_q
-        self.needed_bytes = max(self.needed_bytes, self.out_offset + 4 * num_slots * config.tile_q * head_dim)
+        self.lse_offset = _DEPARTURES_BYTES + num_slots * config.tile_q * head_dim * 4
+        self.needed_bytes = max(
+            self.needed_bytes, _DEPARTURES_BYTES + num_slots * _state_bytes(config.tile_q, head_dim)
+        )
         self._check_workspace(workspace)
         self.prepare = functools.partial(
             kernel.prepare, num_ctas, config.num_threads, shared_mem=shared_bytes
@@ -373,11 +399,12 @@ class _CupyPlan(_DecodePlan):
         )  # fmt: skip
 
     @staticmethod
-    def _max_splits(
+    def _max_units(
         size: int, rows: int, single: bool, tile_q: int, cache: PagedKVCache, pages: PageTable
     ) -> int:
-        """Bound the fixed splits of a step from shapes alone: in each group of a KV head, the splits of its request.
+        """Bound the tiles or fixed splits (of `size` keys) of a step from shapes alone.
 
+        In each group of a KV head there are those of its request.
         `rows` are all requests' query rows of a KV head. With one query token a request (`single`) all have as many
         tiles of them. Else a request has rows // tile_q tiles, rounded down, and one more at most; and the products
         of tiles and splits add up to at most the product of the sums.
@@ -446,7 +473,7 @@ class _CupyPlan(_DecodePlan):
                 kv_lens_ptr,
                 out.data.ptr,
                 0 if lse is None else lse.data.ptr,
-                scratch + self.out_offset,
+                scratch + _DEPARTURES_BYTES,
                 scratch + self.lse_offset,
                 scratch,
                 *self.constants,
@@ -471,7 +498,7 @@ def _grid(kernel: Any, config: kernels.DecodeConfig, head_dim: int) -> tuple[int
 
 @functools.cache
 def _workspace_bytes(device: int) -> int:
-    """Return the bytes that the hungriest shape of the kernel needs: counters, then partial states.
+    """Return the bytes that the hungriest shape of the kernel needs: two partial states a CTA.
 
     The number of CTAs is bounded by shared memory alone here, so that nothing is compiled to find it.
     """
@@ -481,5 +508,10 @@ def _workspace_bytes(device: int) -> int:
         for config in kernels.decode_configs(properties.arch, head_dim):
             per_sm = properties.max_shared_per_sm // config.shared_bytes(head_dim)
             num_ctas = min(per_sm * properties.num_sms, _MAX_CTAS)
-            most = max(most, 4 * 2 * num_ctas * config.tile_q * (head_dim + 1))
-    return _COUNTER_BYTES + most
+            most = max(most, 2 * num_ctas * _state_bytes(config.tile_q, head_dim))
+    return _DEPARTURES_BYTES + most
+
+
+def _state_bytes(tile_q: int, head_dim: int) -> int:
+    """Return the bytes of one partial state: its rows, and each row's lse once for every 16 columns."""
+    return 4 * tile_q * (head_dim + head_dim // 16)

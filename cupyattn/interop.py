@@ -92,6 +92,8 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
         def foreign(a: Any) -> Any:
             if isinstance(a, tuple):
                 return tuple(foreign(x) for x in a)
+            if isinstance(a, int):
+                return a
             if id(a) in originals:
                 return originals[id(a)][0]
             return from_native(a, framework)

@@ -166,7 +166,7 @@ DECODE = register_kernel(
         ),
         args=_args(
             ptr="q k_pages v_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
-            "partial_out partial_lse group_counters",
+            "partial_out partial_lse departures",
             i64="q_stride_token q_stride_head k_stride_page k_stride_token k_stride_head "
             "v_stride_page v_stride_token v_stride_head out_stride_token out_stride_head "
             "lse_stride_token lse_stride_head",

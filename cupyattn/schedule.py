@@ -15,9 +15,6 @@ from typing import Any
 
 import numpy as np
 
-# Partition::kMinUnits and kFewUnits of schedule.cuh
-MIN_UNITS = 2
-FEW_UNITS = 64
 _MAX_UNITS = 2**31 - 1  # kernels count units in an int
 
 
@@ -109,10 +106,10 @@ class Partition:
     >>> [partition.begin(cta) for cta in range(partition.num_ctas + 1)]
     [0, 5, 10, 14, 18]
 
-    Runs of two units at least, unless there are few: 66 units on 264 CTAs are 33 runs, 64 are 64.
+    No more CTAs than the longest run needs:
 
-    >>> [Partition.of(total, max_ctas=264).num_ctas for total in (64, 66)]
-    [64, 33]
+    >>> [Partition.of(total, max_ctas=264).num_ctas for total in (66, 264, 266, 1024)]
+    [66, 264, 133, 256]
     """
 
     num_ctas: int
@@ -120,13 +117,9 @@ class Partition:
     num_longer: int
 
     @classmethod
-    def of(cls, total: int, max_ctas: int, fixed_splits: bool = False) -> Partition:
-        """Cut `total` units into at most `max_ctas` runs.
-
-        With `fixed_splits`, units are splits, which leave their partial states however long runs are.
-        """
-        least = 1 if fixed_splits or total <= FEW_UNITS else MIN_UNITS
-        most_units = max(_ceil_div(total, max_ctas), least)
+    def of(cls, total: int, max_ctas: int) -> Partition:
+        """Cut `total` units into at most `max_ctas` runs."""
+        most_units = max(_ceil_div(total, max_ctas), 1)
         num_ctas = _ceil_div(total, most_units)
         quota = total // max(num_ctas, 1)
         return cls(num_ctas, quota, total - quota * num_ctas)
@@ -267,7 +260,7 @@ def decode_schedule(
     if total > _MAX_UNITS:
         units = "splits" if fixed_splits else "tiles"
         raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 {units}, got {total}")
-    partition = Partition.of(total, max_ctas, fixed_splits)
+    partition = Partition.of(total, max_ctas)
     segments = []
     unit = 0
     for request_idx, request in enumerate(requests):

@@ -9,7 +9,7 @@
 //   S^T = K Q^T       [keys, rows]   accumulators become the B operand of the next product by movmatrix
 //   O^T += V^T P^T    [head_dim, rows]
 // Where a segment (the tiles of a group that are in the run) ends, the warps' states are merged through shared
-// memory. What segments leave of a group over several CTAs is merged by those that end last (partials.cuh).
+// memory. What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
 
 #include "cupyattn/cp_async.cuh"
@@ -47,6 +47,8 @@ struct alignas(16) TileInfo {
   int qo_len;
   GroupSlots group;
   int slot;  // of the group's, where the segment's state goes
+  int rank;  // among the CTAs that have a part of the group
+  int num_sharers;
 };
 
 // clang-format off
@@ -63,8 +65,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   T* __restrict__ out,                  // as q
                   float* __restrict__ lse,              // [num_tokens, num_qo_heads] or null, natural log
                   float* partial_out,                   // [num_slots, kTileQ, head_dim], see Partials
-                  float* partial_lse,                   // [num_slots, kTileQ], base 2
-                  u64* __restrict__ group_counters,     // [num_slots], 0 between launches
+                  float* partial_lse,                   // [num_slots, kTileQ, kHeadDim / 16], base 2
+                  Departures<TileInfo>::Memory* departures,  // all zero between launches, as both above
                   i64 q_stride_token, i64 q_stride_head,
                   i64 k_stride_page, i64 k_stride_token, i64 k_stride_head,
                   i64 v_stride_page, i64 v_stride_token, i64 v_stride_head,
@@ -88,6 +90,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kKeysPerWarp = kTileKV / kWarpsKV;
   constexpr int kKeyBlocks = kKeysPerWarp / 16;
   constexpr int kDimSteps = kHeadDim / 16;
+  static_assert(sizeof(TileInfo) == 64 && sizeof(Departures<TileInfo>::Memory) == 16 + 4096 * (8 + 2 * 64),
+                "_DEPARTURES_BYTES of decode.py");
   static_assert(kHeadDim % 16 == 0 && kKeysPerWarp % 16 == 0, "a warp works on 16 x 16 blocks");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
   static_assert(kRowBlocks == 1 || kRowBlocks % 2 == 0, "queries are loaded in pairs of blocks");
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                         max_splits};
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
-  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse, group_counters};
+  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse};
 
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
   constexpr int kQueryBytes = kTileQ * Layout::kRowBytes;
@@ -137,6 +141,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const T** smem_rows = reinterpret_cast<const T**>(smem_q + kStages * kQueryBytes);  // [2][K, V][kTileKV]
   __shared__ TileInfo smem_tiles[kStages];
   __shared__ float2 smem_states[kWarps * kWarpRows];  // (max, sum) of each warp's rows
+  __shared__ TileInfo smem_shared[2];                 // of the groups that the run enters and leaves halfway
+  __shared__ bool smem_all_started;
+  __shared__ bool smem_starts_last;
+  __shared__ int smem_num_left;  // CTAs that had departed before this one started, if it was the last to
 
   const int tid = threadIdx.x;
   const int lane = tid % 32;
@@ -189,16 +197,32 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const u64 policy = evict_first_policy();
   const auto copy_tile = [&](int stage, int slot) {
     constexpr int kChunks = kTileKV * Layout::kRowChunks;
+    constexpr int kRowsAtOnce = kThreads / Layout::kRowChunks;
     static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
     const u32 smem_tile = smem_address_of(smem_kv) + stage * 2 * kTileBytes;
     const int num_keys = keys_left();
+    if (kThreads % Layout::kRowChunks == 0 && num_keys >= kTileKV) {
+      // The same chunk of every kRowsAtOnce-th row, at addresses with constants between them: three instructions each.
+      const int first_row = tid / Layout::kRowChunks;
+      const int chunk = tid % Layout::kRowChunks;
+      const u32 first = smem_tile + Layout::offset(first_row, chunk);
+      const T* const* rows = smem_rows + slot * 2 * kTileKV + first_row;
+#pragma unroll
+      for (int kv = 0; kv < 2; ++kv)
+#pragma unroll
+        for (int row = 0; row < kTileKV; row += kRowsAtOnce) {
+          cp_async_16(Layout::below(first, row) + kv * kTileBytes, rows[kv * kTileKV + row] + chunk * 8,
+                      policy);
+        }
+      return;
+    }
 #pragma unroll
     for (int kv = 0; kv < 2; ++kv) {
       const T* const* rows = smem_rows + (slot * 2 + kv) * kTileKV;
-#pragma unroll
-      for (int i = 0; i < kChunks / kThreads; ++i) {
-        const int row = (tid + i * kThreads) / Layout::kRowChunks;
-        const int chunk = (tid + i * kThreads) % Layout::kRowChunks;
+#pragma unroll 1
+      for (int i = tid; i < kChunks; i += kThreads) {
+        const int row = i / Layout::kRowChunks;
+        const int chunk = i % Layout::kRowChunks;
         // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
         const bool exists = row < num_keys;
         const T* source = exists ? rows[row] + chunk * 8 : k_pages;
@@ -265,6 +289,32 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     }
   };
 
+  const auto write_result = [&](const TileInfo& tile, int row, int dim, const float4& value, float lse_log2) {
+    const int row_in_request = tile.q_tile * kTileQ + row;
+    const int token_in_request = group.divide(row_in_request);
+    const int token = tile.qo_begin + token_in_request;
+    const int head = tile.kv_head * group_size + group.modulo(row_in_request, token_in_request);
+    store4(out + token * out_stride_token + head * out_stride_head + dim, value);
+    if (dim == 0 && lse != nullptr) {
+      lse[token * lse_stride_token + head * lse_stride_head] = lse_log2 * kLn2;
+    }
+  };
+  const auto merge_share = [&](const TileInfo& tile, float* scratch) {
+    const int num_rows = min(tile.qo_len * group_size - tile.q_tile * kTileQ, kTileQ);
+    const int num_lines = num_rows * (kHeadDim / 16);
+    const int lines_each =
+        static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
+    const int first_line = min(tile.rank * lines_each, num_lines);
+    constexpr int kInFlight = kFixedSplits ? 4 : 8;  // inside the loop there are fewer registers
+    merge_lines<kThreads, kInFlight>(partials, tile.group, first_line,
+                                     min(first_line + lines_each, num_lines), scratch,
+                                     [&](int row, int dim, const float4& value, float lse_log2) {
+                                       write_result(tile, row, dim, value, lse_log2);
+                                     });
+  };
+
+  if (tid < 2) smem_shared[tid].num_sharers = 0;
+  if (tid == 0) smem_all_started = true;
   find_row();
   if (tid < 2 * kTileKV && tid % kTileKV < keys_left()) {  // the first keys are on their way into L2
 #pragma unroll
@@ -273,6 +323,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
   launch_dependents();
+  const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
   clear();
   bool begins_segment = true;
   int q_buffer = 0;
@@ -297,15 +348,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
           const int unit = load.unit_in_group(problem);
           const int group_begin = load.unit - unit;
           const int num_units = load.request.num_units_in_group(problem);
-          if (kFixedSplits) {
-            tile.group = GroupSlots{group_begin, 1, num_units};
-            tile.slot = group_begin + unit;
-          } else {
-            const int first_cta = partition.cta_of(group_begin);
-            const int last_cta = partition.cta_of(group_begin + num_units - 1);
-            tile.group = GroupSlots{2 * first_cta, 2, last_cta + 1 - first_cta};
-            tile.slot = tile.group.slot(blockIdx.x - first_cta);
-          }
+          const int first_cta = partition.cta_of(group_begin);
+          const int last_cta = partition.cta_of(group_begin + num_units - 1);
+          tile.rank = blockIdx.x - first_cta;
+          tile.num_sharers = last_cta + 1 - first_cta;
+          tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}
+                                    : GroupSlots{2 * first_cta, 2, tile.num_sharers};
+          tile.slot = tile.group.slot(kFixedSplits ? unit : tile.rank);
         }
       }
       begins_segment = ends_segment;
@@ -316,7 +365,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     }
     cp_async_commit();
     find_row();
-    if (round < 0) continue;
+    if (round < 0) {
+      if (round == -1 && tid == 0) {  // there is time until the first tile has landed
+        const u64 counts = ctas.start();
+        smem_starts_last = ctas.starts_last(counts);
+        smem_num_left = smem_starts_last ? ctas.num_departed(counts) : 0;
+      }
+      continue;
+    }
     --tiles_ahead;
 
     const TileInfo& tile = smem_tiles[use_stage];
@@ -329,6 +385,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 #pragma unroll
       for (int step = 0; step < kDimSteps; ++step) load_q(q_frag[step], tile.q_buffer, step);
     }
+
+    constexpr bool kAsksEarly =
+        kWarpsQ == 1;  // under way while the tile is worked on, if there is a register
+    u32 num_started = 0;
+    if (kAsksEarly && tid == 0 && tile.ends_segment) num_started = ctas.num_started();
 
     // S^T = K Q^T over the warp's own keys.
     float s[kChains * kKeyBlocks][kRowBlocks][4];
@@ -465,15 +526,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       }
     const int num_rows = min(total_rows - first_row, kTileQ);
     const bool is_complete = tile.group.num_partials == 1;
-    const auto write_result = [&](int row, int dim, const float4& value, float lse_log2) {
-      const int token_in_request = group.divide(first_row + row);
-      const int token = tile.qo_begin + token_in_request;
-      const int head = tile.kv_head * group_size + group.modulo(first_row + row, token_in_request);
-      store4(out + token * out_stride_token + head * out_stride_head + dim, value);
-      if (dim == 0 && lse != nullptr) {
-        lse[token * lse_stride_token + head * lse_stride_head] = lse_log2 * kLn2;
-      }
-    };
+    if (!is_complete && tid == 0) {
+      smem_shared[tile.rank == 0] = tile;
+      smem_all_started = ctas.all_started(kAsksEarly ? num_started : ctas.num_started());
+    }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       __syncthreads();  // all warps are done with the tile
@@ -519,18 +575,39 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const float inverse = merged.inverse_sum();
         value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
         if (is_complete) {
-          write_result(pass_row + row, dim, value, merged.lse_log2());
+          write_result(tile, pass_row + row, dim, value, merged.lse_log2());
         } else {
-          *reinterpret_cast<float4*>(partials.out_at(tile.slot, pass_row + row) + dim) = value;
-          if (dim == 0) *partials.lse_at(tile.slot, pass_row + row) = merged.lse_log2();
+          partials.write(tile.slot, pass_row + row, dim, value, merged.lse_log2());
         }
       }
     }
-    if (!is_complete) {
-      const bool is_done = tiles_ahead == 0 && load.done();
-      arrive_and_merge<kThreads>(partials, tile.group, num_rows, is_done, smem_scratch, write_result);
+    // Page ids that L1 keeps take room from copies under way: without this a long run would lose 1 to 2%.
+    if (!is_complete && tid == 0 && !(tiles_ahead == 0 && load.done())) __threadfence();
+    if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
+        tile.slot + 1 == tile.group.first + tile.group.num_partials) {
+      __syncthreads();  // the scratch memory is free again
+      merge_share(tile, smem_scratch);
     }
     clear();
+  }
+
+  // --- End of the run: this CTA's share of the groups that it has only a part of. ---
+  if (tid == 0) {
+    if (!smem_all_started && ctas.depart(smem_shared)) {
+      smem_shared[0].num_sharers = smem_shared[1].num_sharers = 0;
+    }
+    if (smem_starts_last) store_relaxed(&departures->counts, 0);
+  }
+#pragma unroll 1
+  for (int left = 0;; ++left) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      if (smem_shared[i].num_sharers > 1) merge_share(smem_shared[i], reinterpret_cast<float*>(smem_kv));
+    }
+    if (left == smem_num_left) break;
+    __syncthreads();
+    if (tid == 0) ctas.take(left, smem_shared);
   }
 }
 

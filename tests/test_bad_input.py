@@ -358,6 +358,15 @@ def test_decode_workspace_bytes_of_bad_splits(gpu, size, error, pattern):
 def test_decode_workspace_of_no_number(gpu):
     with pytest.raises(TypeError, match="decode_workspace: num_bytes must be an integer, got float"):
         cupyattn.decode_workspace(num_bytes=1e6)
+    with pytest.raises(ValueError, match="decode_workspace: num_bytes must be at least 0, got -1"):
+        cupyattn.decode_workspace(num_bytes=-1)
+
+
+@pytest.mark.gpu
+def test_decode_workspace_bytes_without_a_page_table(gpu):
+    good = problem(gpu)
+    with pytest.raises(TypeError, match=r"^decode_workspace_bytes: pages must be a PageTable, got tuple"):
+        cupyattn.decode_workspace_bytes(good.q, good.cache, (good.pages.kv_indices, good.pages.kv_lens))
 
 
 def test_arrays_on_two_devices(gpu):

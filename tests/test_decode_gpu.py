@@ -5,7 +5,6 @@ All but what needs a device by nature runs on NumPy too, in small, so that the t
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import threading
@@ -443,14 +442,13 @@ def test_workspace_of_fixed_splits(gpu, num_kv_heads, qo_lens):
         ValueError, match=f"workspace must .*at least {needed} bytes .*decode_workspace_bytes"
     ):
         problem.call(cupyattn.decode, workspace=ordinary, fixed_split_size=64)
-    counter_bytes = importlib.import_module("cupyattn.decode")._COUNTER_BYTES
-    memory = gpu.full(needed + 4096, 0xFF, np.uint8)  # partial states of NaN, and what must stay as it is
-    memory[:counter_bytes] = 0
+    memory = gpu.full(needed + 4096, 0xFF, np.uint8)  # what lies behind it must stay as it is
+    memory[:needed] = 0
     for workspace in (memory[:needed], cupyattn.decode_workspace(num_bytes=needed)):
         assert workspace.nbytes == needed
         for fixed_split_size in (64, None, 64, 1024, None):
             check(problem, fixed_split_size, workspace=workspace, fixed_split_size=fixed_split_size)
-            assert not workspace[:counter_bytes].any(), fixed_split_size
+            assert not workspace.any(), fixed_split_size
     assert (memory[needed:] == 0xFF).all()
 
 
@@ -740,8 +738,47 @@ def test_streams_have_workspaces_of_their_own(gpu):
     first, second = (_defaults[gpu.cuda.runtime.getDevice(), stream.ptr, 0] for stream in streams)
     assert first.data.ptr != second.data.ptr
     gpu.cuda.Device().synchronize()
-    counter_bytes = importlib.import_module("cupyattn.decode")._COUNTER_BYTES
-    assert not first[:counter_bytes].any()  # back at zero
+    assert not first.any()  # back at zero
+
+
+_HOG = r"""
+extern "C" __global__ void hog(long long num_clocks) {  // all of an SM that a block can take
+  for (const long long begin = clock64(); clock64() - begin < num_clocks;) {}
+}
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fixed_split_size", [None, 256])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_where_another_kernel_holds_the_sms(gpu, fixed_split_size, num_kv_heads):
+    """CTAs that end before all have started leave their lines to the last to start: the bits are the same."""
+    problem = build_problem(
+        [20_000, 3000, 0, 700], num_kv_heads=num_kv_heads, group_size=8, head_dim=128, xp=gpu
+    )
+    properties = gpu.cuda.runtime.getDeviceProperties(gpu.cuda.runtime.getDevice())
+    num_sms, shared = properties["multiProcessorCount"], properties["sharedMemPerBlockOptin"]
+    hog = gpu.RawKernel(_HOG, "hog")
+    hog.max_dynamic_shared_size_bytes = shared
+    operands = problem.q, problem.cache, problem.pages
+    mode = {"fixed_split_size": fixed_split_size}
+    workspace = cupyattn.decode_workspace(num_bytes=cupyattn.decode_workspace_bytes(*operands, **mode))
+    mode["workspace"] = workspace
+    expected = decode_bytes(problem, **mode)
+    streams = [unused_stream(gpu), unused_stream(gpu)]
+    for held in (num_sms - 1, num_sms // 2, num_sms // 8):
+        out, lse = gpu.empty_like(problem.q), gpu.empty(problem.q.shape[:2], np.float32)
+        poison(out)
+        gpu.cuda.Device().synchronize()
+        with streams[0]:
+            hog((held,), (32,), (np.int64(3_000_000),), shared_mem=shared)
+        with streams[1]:
+            problem.call(cupyattn.decode, out=out, lse=lse, **mode)
+        busy = not streams[0].done
+        gpu.cuda.Device().synchronize()
+        assert busy
+        assert to_host(out).tobytes() + to_host(lse).tobytes() == expected
+        assert not workspace.any()
 
 
 @pytest.mark.gpu

@@ -16,8 +16,6 @@ import cupyattn
 from cupyattn.__main__ import main
 from cupyattn.kernels import decode_config
 from cupyattn.schedule import (
-    FEW_UNITS,
-    MIN_UNITS,
     Partition,
     Request,
     Segment,
@@ -90,8 +88,7 @@ def test_runs_are_equal_and_none_is_empty(problem: dict[str, Any]) -> None:
     assert sizes == sorted(sizes, reverse=True)
     if sizes:
         assert sizes[0] - sizes[-1] <= 1
-        least = 1 if fixed or sum(sizes) <= FEW_UNITS else MIN_UNITS
-        assert sizes[0] <= max(-(-sum(sizes) // problem["max_ctas"]), least)
+        assert sizes[0] == -(-sum(sizes) // problem["max_ctas"])
     for run in runs if fixed is None else ():
         # Entered halfway, or left halfway: nothing between is partial.
         assert all(s.complete for s in run[1:-1])
@@ -161,9 +158,9 @@ def test_fixed_splits_are_dealt_out_whole() -> None:
     assert [(s.cta, s.kv_begin, s.kv_end) for s in windowed] == [(0, 700, 956), (1, 956, 1000)]
 
 
-@given(st.integers(0, 5000), st.integers(1, 600), st.booleans())
-def test_cta_of_inverts_begin(total: int, max_ctas: int, fixed_splits: bool) -> None:
-    partition = Partition.of(total, max_ctas, fixed_splits)
+@given(st.integers(0, 5000), st.integers(1, 600))
+def test_cta_of_inverts_begin(total: int, max_ctas: int) -> None:
+    partition = Partition.of(total, max_ctas)
     assert partition.num_ctas <= max_ctas
     assert partition.begin(0) == 0
     assert partition.begin(partition.num_ctas) == total
@@ -174,10 +171,9 @@ def test_cta_of_inverts_begin(total: int, max_ctas: int, fixed_splits: bool) -> 
 
 
 def test_few_units_are_spread_one_a_cta() -> None:
-    assert Partition.of(FEW_UNITS, 264) == Partition(num_ctas=FEW_UNITS, quota=1, num_longer=0)
-    assert Partition.of(FEW_UNITS + 1, 264) == Partition(num_ctas=33, quota=1, num_longer=32)
-    assert Partition.of(FEW_UNITS + 1, 264, fixed_splits=True).num_ctas == FEW_UNITS + 1
-    assert Partition.of(FEW_UNITS, 16) == Partition(num_ctas=16, quota=4, num_longer=0)
+    assert Partition.of(264, 264) == Partition(num_ctas=264, quota=1, num_longer=0)
+    assert Partition.of(266, 264) == Partition(num_ctas=133, quota=2, num_longer=0)
+    assert Partition.of(64, 16) == Partition(num_ctas=16, quota=4, num_longer=0)
     (alone,) = decode_schedule([64], max_ctas=4, **SIZES)
     assert alone.complete
     assert [s.cta for s in decode_schedule([192], max_ctas=4, **SIZES)] == [0, 1, 2]
@@ -199,13 +195,6 @@ def test_the_example_of_the_header() -> None:
 
 def header() -> str:
     return (Path(cupyattn.get_include()) / "cupyattn" / "schedule.cuh").read_text()
-
-
-@pytest.mark.parametrize(("name", "value"), [("kMinUnits", MIN_UNITS), ("kFewUnits", FEW_UNITS)])
-def test_constants_are_the_header_s(name: str, value: int) -> None:
-    found = re.search(rf"\b{name} = (\d+);", header())
-    assert found is not None
-    assert int(found[1]) == value
 
 
 def test_requests_without_keys_or_queries() -> None:

@@ -17,6 +17,14 @@ __device__ __forceinline__ u64 evict_first_policy() {
   return policy;
 }
 
+// Copies 16 bytes.
+__device__ __forceinline__ void cp_async_16(u32 smem_address, const void* gmem, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+               :
+               : "r"(smem_address), "l"(gmem), "l"(policy)
+               : "memory");
+}
+
 // Copies 16 bytes, or writes 16 zero bytes and reads nothing where `valid` is false.
 __device__ __forceinline__ void cp_async_16(u32 smem_address, const void* gmem, bool valid, u64 policy) {
   const int num_bytes = valid ? 16 : 0;

@@ -71,19 +71,15 @@ struct Request {
 
 // The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`.
 struct Partition {
-  static constexpr int kMinUnits = 2;   // a CTA has at least: more partial states cost more than they gain
-  static constexpr int kFewUnits = 64;  // but so few tiles arrive sooner on as many SMs as possible
-
   int num_ctas;
   int quota;
   int num_longer;
 
   __device__ __forceinline__ Partition() {}
-  __device__ __forceinline__ Partition(int total, int max_ctas, bool fixed_splits) {
+  __device__ __forceinline__ Partition(int total, int max_ctas) {
     // No more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4 rather than 232 of 4 and
     // 32 of 3. There is less to merge, and runs of equal groups end where groups do.
-    const int least = fixed_splits || total <= kFewUnits ? 1 : kMinUnits;
-    const int most_units = max(ceil_div(total, max_ctas), least);
+    const int most_units = max(ceil_div(total, max_ctas), 1);
     num_ctas = ceil_div(total, most_units);
     quota = static_cast<u32>(total) / static_cast<u32>(max(num_ctas, 1));
     num_longer = total - quota * num_ctas;
@@ -185,7 +181,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     total += smem_warp_totals[w];
   }
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
-  partition = Partition(total, gridDim.x, kFixedSplits);
+  partition = Partition(total, gridDim.x);
   cursor.unit = partition.begin(cta);
   cursor.unit_end = partition.begin(cta + 1);
   if (cta < partition.num_ctas && end - units <= cursor.unit && cursor.unit < end) {

@@ -17,6 +17,10 @@ struct TileLayout {
   static __device__ __forceinline__ u32 offset(int row, int chunk) {
     return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk);
   }
+  // From the address of a chunk to that of the same chunk `rows` rows below, a multiple of 4.
+  static __device__ __forceinline__ u32 below(u32 address, int rows) {
+    return (kSwizzled ? address ^ (rows % 8 * 16) : address) + rows * kRowBytes;
+  }
   // From the address of a row's chunk 0 or 1 to that of 2 * step chunks further. With `step` known to the
   // compiler this is one instruction; `offset` would keep a register for every step.
   static __device__ __forceinline__ u32 advance(u32 address, int step) {
