@@ -316,7 +316,7 @@ def roomy(a: Any, num_pages: int) -> PageTable:
      lambda a: {"workspace": cupyattn.decode_workspace()[None]}),
     ("workspace misaligned", ValueError, "workspace must",
      lambda a: {"workspace": a.xp.zeros(1 << 26, "u1")[8:]}),
-    ("workspace used for something else", ValueError, "workspace must have zeros",
+    ("workspace used for something else", ValueError, "workspace must be all zeros",
      lambda a: {"workspace": a.xp.ones(1 << 26, "u1"), "validate": True}),
     ("workspace too small for fixed splits", ValueError, "workspace must be .*see decode_workspace_bytes",
      lambda a: {"workspace": cupyattn.decode_workspace(), "fixed_split_size": 64, "pages": roomy(a, 1 << 14)}),
