@@ -35,7 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in getattr(item, "fixturenames", ()):  # or `-m gpu`, which is what is recorded, would leave it out
+        if "gpu" in getattr(
+            item, "fixturenames", ()
+        ):  # or `-m gpu`, which is what is recorded, would leave it out
             item.add_marker("gpu")
 
 
