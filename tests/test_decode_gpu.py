@@ -752,7 +752,10 @@ extern "C" __global__ void hog(long long num_clocks) {  // all of an SM that a b
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
 def test_where_another_kernel_holds_the_sms(gpu, fixed_split_size, num_kv_heads):
-    """CTAs that end before all have started leave their lines to the last to start: the bits are the same."""
+    """CTAs that end before all have started leave their lines to the last to start: the bits are the same.
+
+    Those that waited instead would hold the few places that are left for as long as the other kernel runs.
+    """
     problem = build_problem(
         [20_000, 3000, 0, 700], num_kv_heads=num_kv_heads, group_size=8, head_dim=128, xp=gpu
     )
@@ -771,12 +774,13 @@ def test_where_another_kernel_holds_the_sms(gpu, fixed_split_size, num_kv_heads)
         poison(out)
         gpu.cuda.Device().synchronize()
         with streams[0]:
-            hog((held,), (32,), (np.int64(3_000_000),), shared_mem=shared)
+            hog((held,), (32,), (np.int64(50_000_000),), shared_mem=shared)  # 25 to 30 ms
         with streams[1]:
             problem.call(cupyattn.decode, out=out, lse=lse, **mode)
-        busy = not streams[0].done
+        streams[1].synchronize()
+        nobody_waited = not streams[0].done
         gpu.cuda.Device().synchronize()
-        assert busy
+        assert nobody_waited
         assert to_host(out).tobytes() + to_host(lse).tobytes() == expected
         assert not workspace.any()
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import ml_dtypes
 import numpy as np
 import pytest
-from problems import TOLERANCE, assert_close, build_problem, oracle
+from problems import TOLERANCE, assert_close, build_problem, oracle, to_backend
 
 import cupyattn
 from cupyattn import PagedKVCache, PageTable, Rope, checks, interop, reference
@@ -110,6 +110,29 @@ def test_decode(framework, name, validate):
     assert framework.numpy(alone).tobytes() == framework.numpy(out).tobytes()
     split = cupyattn.decode(*args, **options, fixed_split_size=64)
     assert_close(framework.numpy(split), expected, TOLERANCE[problem.dtype])
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_decode_workspace_bytes(framework, name):
+    problem = build_problem(**PROBLEMS[name])
+    args, options = arguments(framework, problem)
+    size = {"qo_indptr": options["qo_indptr"], "fixed_split_size": 64}
+    if framework.device == "cpu":
+        with pytest.raises(TypeError, match=r"^decode_workspace_bytes: q must be a CuPy array, got ndarray"):
+            cupyattn.decode_workspace_bytes(*args, **size)
+        return
+    import cupy
+
+    native = to_backend(problem, cupy)
+    size["qo_indptr"] = native.qo_indptr
+    expected = cupyattn.decode_workspace_bytes(native.q, native.cache, native.pages, **size)
+    size["qo_indptr"] = options["qo_indptr"]
+    assert cupyattn.decode_workspace_bytes(*args, **size) == expected
+
+
+def test_numbers_come_back_as_they_are(framework):
+    array = framework.array(np.ones(3, np.float32))
+    assert interop.call(lambda a: a.size, array, array) == 3
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
