@@ -183,7 +183,7 @@ def decode_workspace_bytes(
     """Say how large a workspace must be for calls of `decode` with arrays like these.
 
     With `fixed_split_size` it has a slot for every split that the page table has room for, each with the states of a
-    tile of query rows (8 for up to 8 query heads a KV head): 35 MB for 64 requests of up to 32768 tokens, 8 KV heads
+    tile of query rows (8 for up to 8 query heads a KV head): 36 MB for 64 requests of up to 32768 tokens, 8 KV heads
     of 128 dimensions, splits of 2048.
 
     Parameters

@@ -74,7 +74,7 @@ def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
     head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
-    is the fastest (33 MB, 268 MB, 2.1 GB: 16, 92 and 691 us); the second loses 1 to 3% on the large ones, the
+    is the fastest (33 MB, 268 MB, 2.1 GB: 16, 92 and 722 us); the second loses 1 to 3% on the large ones, the
     third 13 to 30% everywhere.
     """
     per_sm = shared_bytes_per_sm(arch)

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kWarpRows = 8 * kRowBlocks;
   constexpr int kTileQ = kWarpRows * kWarpsQ;
   constexpr int kKeysPerWarp = kTileKV / kWarpsKV;
+  constexpr int kLongRun = 64;  // tiles
   constexpr int kKeyBlocks = kKeysPerWarp / 16;
   constexpr int kDimSteps = kHeadDim / 16;
   static_assert(sizeof(TileInfo) == 64 && sizeof(Departures<TileInfo>::Memory) == 16 + 4096 * (8 + 2 * 64),
@@ -142,9 +143,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   __shared__ TileInfo smem_tiles[kStages];
   __shared__ float2 smem_states[kWarps * kWarpRows];  // (max, sum) of each warp's rows
   __shared__ TileInfo smem_shared[2];                 // of the groups that the run enters and leaves halfway
-  __shared__ bool smem_all_started;
-  __shared__ bool smem_starts_last;
-  __shared__ int smem_num_left;  // CTAs that had departed before this one started, if it was the last to
+  __shared__ __align__(16)
+      u64 smem_counts[2];  // the first words of *departures, as the run's last tile sees them
+  __shared__ int smem_num_departed;
 
   const int tid = threadIdx.x;
   const int lane = tid % 32;
@@ -201,25 +202,28 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
     const u32 smem_tile = smem_address_of(smem_kv) + stage * 2 * kTileBytes;
     const int num_keys = keys_left();
-    if (kThreads % Layout::kRowChunks == 0 && num_keys >= kTileKV) {
-      // The same chunk of every kRowsAtOnce-th row, at addresses with constants between them: three instructions each.
-      const int first_row = tid / Layout::kRowChunks;
-      const int chunk = tid % Layout::kRowChunks;
-      const u32 first = smem_tile + Layout::offset(first_row, chunk);
-      const T* const* rows = smem_rows + slot * 2 * kTileKV + first_row;
+    if constexpr (kThreads % Layout::kRowChunks == 0) {
+      if (num_keys >= kTileKV) {
+        // The same chunk of every kRowsAtOnce-th row, at addresses with constants between them: three instructions
+        // each.
+        const int first_row = tid / Layout::kRowChunks;
+        const int chunk = tid % Layout::kRowChunks;
+        const u32 first = smem_tile + Layout::offset(first_row, chunk);
+        const T* const* rows = smem_rows + slot * 2 * kTileKV + first_row;
 #pragma unroll
-      for (int kv = 0; kv < 2; ++kv)
+        for (int kv = 0; kv < 2; ++kv)
 #pragma unroll
-        for (int row = 0; row < kTileKV; row += kRowsAtOnce) {
-          cp_async_16(Layout::below(first, row) + kv * kTileBytes, rows[kv * kTileKV + row] + chunk * 8,
-                      policy);
-        }
-      return;
+          for (int row = 0; row < kTileKV; row += kRowsAtOnce) {
+            cp_async_16(Layout::below(first, row) + kv * kTileBytes, rows[kv * kTileKV + row] + chunk * 8,
+                        policy);
+          }
+        return;
+      }
     }
 #pragma unroll
     for (int kv = 0; kv < 2; ++kv) {
       const T* const* rows = smem_rows + (slot * 2 + kv) * kTileKV;
-#pragma unroll 1
+#pragma unroll kWarpsQ == 1 ? 4 : 1  // with many rows there are no registers for more
       for (int i = tid; i < kChunks; i += kThreads) {
         const int row = i / Layout::kRowChunks;
         const int chunk = i % Layout::kRowChunks;
@@ -301,12 +305,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
   const auto merge_share = [&](const TileInfo& tile, float* scratch) {
     const int num_rows = min(tile.qo_len * group_size - tile.q_tile * kTileQ, kTileQ);
-    const int num_lines = num_rows * (kHeadDim / 16);
+    const int num_lines = num_rows * partials.kRowLines;
     const int lines_each =
         static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
     const int first_line = min(tile.rank * lines_each, num_lines);
     constexpr int kInFlight = kFixedSplits ? 4 : 8;  // inside the loop there are fewer registers
-    merge_lines<kThreads, kInFlight>(partials, tile.group, first_line,
+    // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
+    const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
+    merge_lines<kThreads, kInFlight>(partials, tile.group, wide, first_line,
                                      min(first_line + lines_each, num_lines), scratch,
                                      [&](int row, int dim, const float4& value, float lse_log2) {
                                        write_result(tile, row, dim, value, lse_log2);
@@ -314,7 +320,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
 
   if (tid < 2) smem_shared[tid].num_sharers = 0;
-  if (tid == 0) smem_all_started = true;
   find_row();
   if (tid < 2 * kTileKV && tid % kTileKV < keys_left()) {  // the first keys are on their way into L2
 #pragma unroll
@@ -324,6 +329,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   // Not earlier: the next kernel may rely on all before us having finished once we have.
   launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
+  if (tid == 0) ctas.start();
   clear();
   bool begins_segment = true;
   int q_buffer = 0;
@@ -365,15 +371,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     }
     cp_async_commit();
     find_row();
-    if (round < 0) {
-      if (round == -1 && tid == 0) {  // there is time until the first tile has landed
-        const u64 counts = ctas.start();
-        smem_starts_last = ctas.starts_last(counts);
-        smem_num_left = smem_starts_last ? ctas.num_departed(counts) : 0;
-      }
-      continue;
-    }
+    if (round < 0) continue;
     --tiles_ahead;
+    const bool ends_run = tiles_ahead == 0 && load.done();
 
     const TileInfo& tile = smem_tiles[use_stage];
     const u32 smem_k = smem_address_of(smem_kv) + use_stage * 2 * kTileBytes;
@@ -386,10 +386,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       for (int step = 0; step < kDimSteps; ++step) load_q(q_frag[step], tile.q_buffer, step);
     }
 
-    constexpr bool kAsksEarly =
-        kWarpsQ == 1;  // under way while the tile is worked on, if there is a register
-    u32 num_started = 0;
-    if (kAsksEarly && tid == 0 && tile.ends_segment) num_started = ctas.num_started();
+    if (ends_run && tid == 0) {
+      cp_async_16(smem_address_of(smem_counts), ctas.memory, true);
+      cp_async_commit();
+    }
 
     // S^T = K Q^T over the warp's own keys.
     float s[kChains * kKeyBlocks][kRowBlocks][4];
@@ -526,10 +526,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       }
     const int num_rows = min(total_rows - first_row, kTileQ);
     const bool is_complete = tile.group.num_partials == 1;
-    if (!is_complete && tid == 0) {
-      smem_shared[tile.rank == 0] = tile;
-      smem_all_started = ctas.all_started(kAsksEarly ? num_started : ctas.num_started());
-    }
+    if (!is_complete && tid == 0) smem_shared[tile.rank == 0] = tile;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       __syncthreads();  // all warps are done with the tile
@@ -581,8 +578,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         }
       }
     }
-    // Page ids that L1 keeps take room from copies under way: without this a long run would lose 1 to 2%.
-    if (!is_complete && tid == 0 && !(tiles_ahead == 0 && load.done())) __threadfence();
+    // Page ids that L1 keeps take room from copies under way: without this a long run would lose 1 to 2%. A short one
+    // would lose 1% by it.
+    if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.slot + 1 == tile.group.first + tile.group.num_partials) {
       __syncthreads();  // the scratch memory is free again
@@ -593,21 +591,18 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   // --- End of the run: this CTA's share of the groups that it has only a part of. ---
   if (tid == 0) {
-    if (!smem_all_started && ctas.depart(smem_shared)) {
-      smem_shared[0].num_sharers = smem_shared[1].num_sharers = 0;
-    }
-    if (smem_starts_last) store_relaxed(&departures->counts, 0);
+    cp_async_wait<0>();
+    smem_num_departed = ctas.end(smem_counts[0], smem_shared);
+    if (smem_num_departed < 0) smem_shared[0].num_sharers = smem_shared[1].num_sharers = 0;
   }
-#pragma unroll 1
-  for (int left = 0;; ++left) {
+  for (bool has_more = true; has_more;) {
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       if (smem_shared[i].num_sharers > 1) merge_share(smem_shared[i], reinterpret_cast<float*>(smem_kv));
     }
-    if (left == smem_num_left) break;
-    __syncthreads();
-    if (tid == 0) ctas.take(left, smem_shared);
+    if (smem_num_departed <= 0) return;
+    has_more = __syncthreads_or(tid == 0 && ctas.take(smem_num_departed, smem_shared));
   }
 }
 

@@ -10,7 +10,7 @@
 //
 // Nobody waits before it has written all that others wait for, nor for a CTA that has not started: that one may need
 // the place of those that wait. Where other kernels hold SMs for so long that a CTA is done before all have started,
-// it departs, and leaves its lines to the last to start.
+// it departs, and leaves its lines to those that are done later.
 //
 // States are merged in an order that their number alone decides, so results do not depend on who came when.
 #pragma once
@@ -44,11 +44,6 @@ __device__ __forceinline__ void store_relaxed(float4* gmem, const float4& x) {
                : "memory");
 }
 
-__device__ __forceinline__ u32 load_relaxed(const u32* gmem) {
-  u32 x;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(gmem) : "memory");
-  return x;
-}
 __device__ __forceinline__ u64 load_relaxed(const u64* gmem) {
   u64 x;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(gmem) : "memory");
@@ -57,9 +52,16 @@ __device__ __forceinline__ u64 load_relaxed(const u64* gmem) {
 __device__ __forceinline__ void store_relaxed(u64* gmem, u64 x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(gmem), "l"(x) : "memory");
 }
-__device__ __forceinline__ u64 atomic_add(u64* gmem, u64 x) {
-  u64 old;
-  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;" : "=l"(old) : "l"(gmem), "l"(x) : "memory");
+__device__ __forceinline__ void store_relaxed(u32* gmem, u32 x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(gmem), "r"(x) : "memory");
+}
+// Returns nothing, so nobody waits for it.
+__device__ __forceinline__ void add(u64* gmem, u64 x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" : : "l"(gmem), "l"(x) : "memory");
+}
+__device__ __forceinline__ u32 atomic_add(u32* gmem, u32 x) {
+  u32 old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(gmem), "r"(x) : "memory");
   return old;
 }
 __device__ __forceinline__ u64 atomic_cas(u64* gmem, u64 expected, u64 x) {
@@ -112,53 +114,66 @@ struct GroupSlots {
 };
 
 // CTAs that have started, and those that have departed since. One thread of a CTA asks.
+//
+// To know which CTA starts last or is done last takes an atomic that returns something, and for what it returns a
+// CTA would wait 0.2 to 1.3 us. So nobody knows, where no CTA has departed: starts and ends are added to one word, such
+// that whoever reads it sees whether all have started, and all of it adds up to zero.
 template <typename Share>
 struct Departures {
-  static constexpr u64 kStarted = 1;
-  static constexpr u64 kDeparted = 1ull << 32;
+  // Three numbers in the word. An end takes its start back and leaves a mark, which CTA 0 takes back for all: so
+  // until all are done there are marks after the first end. No CTA ends before it has seen that all have started.
+  static constexpr u64 kStart = 1;
+  static constexpr u64 kDeparture = 1ull << 16;
+  static constexpr u64 kMark = 1ull << 32;
   static constexpr int kMaxCtas = 4096;
 
-  struct Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of decode.py
+  struct alignas(16) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of decode.py
     u64 counts;
+    // Where CTAs have departed, and there are no marks:
+    u32 num_taken;
+    u32 num_done;
     u64 is_written[kMaxCtas];
     Share shares[kMaxCtas][2];  // of those that have departed, in that order
   };
   Memory* memory;
   u32 num_ctas;
 
-  // Returns the counts before this CTA.
-  __device__ __forceinline__ u64 start() const { return atomic_add(&memory->counts, kStarted); }
-  __device__ __forceinline__ bool starts_last(u64 before) const {
-    return static_cast<u32>(before) == num_ctas - 1;
-  }
-  static __device__ __forceinline__ int num_departed(u64 counts) { return static_cast<int>(counts >> 32); }
+  __device__ __forceinline__ void start() const { add(&memory->counts, kStart); }
 
-  __device__ __forceinline__ u32 num_started() const {
-    return load_relaxed(reinterpret_cast<const u32*>(&memory->counts));  // the lower half
-  }
-  // For a CTA that has started itself: zero says that the last to start has put the counts back.
-  __device__ __forceinline__ bool all_started(u32 num_started) const {
-    return num_started == 0 || num_started == num_ctas;
+  // For a CTA that has started and not ended. Counts may be late: they then say too little.
+  __device__ __forceinline__ bool all_started(u64 counts) const {
+    return counts >= kMark || counts % kDeparture == num_ctas;
   }
 
-  // Leaves two shares to the last CTA to start; false if that has started already.
-  __device__ __forceinline__ bool depart(const Share (&shares)[2]) const {
-    u64 seen = load_relaxed(&memory->counts);
-    while (!all_started(static_cast<u32>(seen))) {
-      const u64 old = atomic_cas(&memory->counts, seen, seen + kDeparted);
-      if (old == seen) {
-        const int i = num_departed(seen);
-        for (int j = 0; j < 2; ++j) memory->shares[i][j] = shares[j];
-        __threadfence();
-        store_relaxed(&memory->is_written[i], 1);
-        return true;
-      }
-      seen = old;
+  // Ends a run, with the counts as seen during it. Returns how many CTAs have departed, if all have started; else this
+  // one departs too, leaves its two shares to the others, and the result is -1.
+  __device__ __forceinline__ int end(u64 seen, const Share (&shares)[2]) const {
+    while (!all_started(seen)) {
+      const u64 before = seen;
+      seen = atomic_cas(&memory->counts, before, before + kDeparture);
+      if (seen != before) continue;
+      const u32 i = num_departed(before);
+      for (int j = 0; j < 2; ++j) memory->shares[i][j] = shares[j];
+      __threadfence();
+      store_relaxed(&memory->is_written[i], 1);
+      return -1;
     }
-    return false;
+    const int departed = seen >= kMark ? 0 : num_departed(seen);
+    if (departed == 0) add(&memory->counts, (blockIdx.x == 0 ? (1ull - num_ctas) * kMark : kMark) - kStart);
+    return departed;
   }
-  // Takes what the i-th to depart has left.
-  __device__ __forceinline__ void take(int i, Share (&shares)[2]) const {
+
+  // Takes what one of `departed` CTAs has left; false if others have taken all.
+  __device__ __forceinline__ bool take(int departed, Share (&shares)[2]) const {
+    const u32 i = atomic_add(&memory->num_taken, 1);
+    if (i >= departed) {
+      if (atomic_add(&memory->num_done, 1) == num_ctas - departed - 1) {
+        store_relaxed(&memory->counts, 0);
+        store_relaxed(&memory->num_taken, 0);
+        store_relaxed(&memory->num_done, 0);
+      }
+      return false;
+    }
     while (load_relaxed(&memory->is_written[i]) == 0) __nanosleep(100);
     __threadfence();
     memory->is_written[i] = 0;
@@ -166,25 +181,30 @@ struct Departures {
       shares[j] = memory->shares[i][j];
       memory->shares[i][j] = Share{};
     }
+    return true;
+  }
+
+ private:
+  static __device__ __forceinline__ u32 num_departed(u64 counts) {
+    return static_cast<u32>(counts) / static_cast<u32>(kDeparture);
   }
 };
 
 // Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; all threads of a CTA must call it.
-// A lane asks for kInFlight states at once. `scratch`: shared memory, 24 floats a warp.
+// `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
+// once. `scratch`: shared memory, 24 floats a warp.
 // `write(row, dim, value, lse_log2)`, for the result.
 template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename Write>
 __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials,
-                                            const GroupSlots& group, int line, int end_line, float* scratch,
-                                            const Write& write) {
-  constexpr int kRowLines = kHeadDim / 16;
+                                            const GroupSlots& group, bool wide, int line, int end_line,
+                                            float* scratch, const Write& write) {
+  constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kWarps = kThreads / 32;
-  constexpr int kWideFrom = 65;       // states: all warps share those of one line
   constexpr int kHotPolls = 4;        // then other CTAs' copies come first
   constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int num_states = group.num_partials;
-  const bool wide = num_states >= kWideFrom;
   // Four lanes take four states, eight if there are many; then so many times four lanes share the states of a line,
   // and a warp has as many lines at once as there is room for.
   const int parts_log2 = num_states <= 4 ? 0 : min(30 - __clz(num_states - 1), 3);
@@ -285,7 +305,8 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
     if (exists && part == 0) {
       const float inverse = state.inverse_sum();
       acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
-      write(own_line / kRowLines, own_line % kRowLines * 16 + lane % 4 * 4, acc, state.lse_log2());
+      write(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4, acc,
+            state.lse_log2());
     }
     // All who read the line have what they need.
     __syncwarp();

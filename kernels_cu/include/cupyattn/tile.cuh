@@ -17,7 +17,8 @@ struct TileLayout {
   static __device__ __forceinline__ u32 offset(int row, int chunk) {
     return row * kRowBytes + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk);
   }
-  // From the address of a chunk to that of the same chunk `rows` rows below, a multiple of 4.
+  // From the address of a chunk to that of the same chunk `rows` rows below: a multiple of 8, or of a smaller power of
+  // two that the row itself is less than.
   static __device__ __forceinline__ u32 below(u32 address, int rows) {
     return (kSwizzled ? address ^ (rows % 8 * 16) : address) + rows * kRowBytes;
   }
