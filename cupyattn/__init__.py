@@ -1,11 +1,13 @@
 """Attention over a paged KV cache, as an array library: NumPy, CuPy, torch and JAX arrays in and out."""
 
 from cupyattn.append import append
-from cupyattn.cache import OutOfPages, PageAllocator, PagedKVCache, PageTable
-from cupyattn.decode import decode, decode_workspace, decode_workspace_bytes
+from cupyattn.cache import OutOfPages, PageAllocator, PagedKVCache, PagedMLACache, PageTable
+from cupyattn.decode import decode, decode_workspace_bytes
 from cupyattn.interop import get_array_module
 from cupyattn.merge import merge_states
+from cupyattn.mla import mla_append, mla_decode
 from cupyattn.rope import Rope
+from cupyattn.runs import decode_workspace
 from cupyattn.runtime import KernelSpec, get_include, get_kernel, register_kernel
 
 __version__ = "0.1.0"
@@ -16,6 +18,7 @@ __all__ = [
     "PageAllocator",
     "PageTable",
     "PagedKVCache",
+    "PagedMLACache",
     "Rope",
     "append",
     "decode",
@@ -25,5 +28,7 @@ __all__ = [
     "get_include",
     "get_kernel",
     "merge_states",
+    "mla_append",
+    "mla_decode",
     "register_kernel",
 ]

@@ -14,7 +14,7 @@ from cupyattn.rope import Rope
 from cupyattn.runtime.registry import get_kernel
 from cupyattn.runtime.workspace import constant
 
-_NO_ROPE, _HALF_SPLIT, _INTERLEAVED = range(3)  # RopeMode of append.cu
+NO_ROPE, HALF_SPLIT, INTERLEAVED = range(3)  # RopeMode of append.cu
 
 
 def append(
@@ -163,14 +163,9 @@ class _NumpyPlan(_AppendPlan):
         reference.append(k, v, as_cache(cache), pages, qo_indptr=qo_indptr, rope=self.rope)
         if q is None:
             return None
-        rotated = q
-        if self.rope is not None:
-            _, positions = reference.token_positions(pages.kv_lens, qo_indptr)
-            num_tokens = len(positions)
-            rotated = q.copy()
-            rotated[:num_tokens] = reference.apply_rope(q[:num_tokens], positions, self.rope).astype(q.dtype)
+        rotated = reference.rotate_queries(q, pages, qo_indptr, self.rope)
         if q_out is None:
-            return rotated.copy() if rotated is q else rotated
+            return rotated
         q_out[...] = rotated
         return q_out
 
@@ -183,10 +178,10 @@ class _CupyPlan(_AppendPlan):
         head_dim = cache.head_dim
         if head_dim % 2 or head_dim > 512:
             raise ValueError(f"append: head_dim must be even and at most 512 on a GPU, got {head_dim}")
-        mode, self.inv_freq_ptr, rotary_dim = _NO_ROPE, 0, 0
+        mode, self.inv_freq_ptr, rotary_dim = NO_ROPE, 0, 0
         if self.rope is not None:
-            mode = _INTERLEAVED if self.rope.interleaved else _HALF_SPLIT
-            inv_freq = _turns_on_device(self.rope, head_dim, self.device)
+            mode = INTERLEAVED if self.rope.interleaved else HALF_SPLIT
+            inv_freq = turns_on_device(self.rope, head_dim, self.device)
             self.inv_freq_ptr, rotary_dim = inv_freq.data.ptr, 2 * inv_freq.shape[0]
         self.launcher = None
         if k.shape[0]:
@@ -200,7 +195,7 @@ class _CupyPlan(_AppendPlan):
         table_row_stride = checks.element_strides(pages.kv_indices)[0] if pages.is_dense else 0
         self.constants = (
             *checks.element_strides(k)[:2], *checks.element_strides(v)[:2], *cache.k_strides, *cache.v_strides,
-            *q_strides, *q_out_strides, pages.batch_size, cache.num_kv_heads, num_qo_heads, head_dim,
+            *q_strides, *q_out_strides, pages.batch_size, cache.num_kv_heads, num_qo_heads, head_dim, head_dim,
             cache.page_size, table_row_stride, rotary_dim, mode,
         )  # fmt: skip
 
@@ -219,6 +214,6 @@ _plans: PlanCache[_AppendPlan] = PlanCache(_NumpyPlan, _CupyPlan)
 
 
 @functools.cache  # without bound: captured graphs hold the addresses
-def _turns_on_device(rope: Rope, head_dim: int, device: int) -> Any:
+def turns_on_device(rope: Rope, head_dim: int, device: int) -> Any:
     """Return the turns per position of each pair, float64; made once, as a copy from the host is slow."""
     return constant(rope.inv_freq_array(head_dim) / (2.0 * np.pi * rope.scale), device)

@@ -1,4 +1,4 @@
-"""The paged KV cache: where tokens live (`PagedKVCache`), who has which page (`PageTable`, `PageAllocator`).
+"""The paged cache: where tokens live, and who has which page (`PageTable`, `PageAllocator`).
 
 Token ``t`` of request ``b`` lives in slot ``t % page_size`` of the page that entry ``t // page_size`` of the
 request's row of the page table names. Page ids and table entries are int32; offsets into a cache are 64-bit.
@@ -261,38 +261,187 @@ class PagedKVCache(ArrayGroup):
             The two differ in length, an id is not in ``0 .. num_pages - 1``, a destination comes twice or is
             a source too (then the order would matter).
         """
-        src, dst = [int(i) for i in src_ids], [int(i) for i in dst_ids]
-        if len(src) != len(dst):
-            raise ValueError(
-                f"copy_pages: src_ids and dst_ids must be of one length, got {len(src)} and {len(dst)}"
-            )
-        for name, ids in (("src_ids", src), ("dst_ids", dst)):
-            bad = next((i for i in ids if not 0 <= i < self.num_pages), None)
-            if bad is not None:
-                raise ValueError(f"copy_pages: {name} must be within 0..{self.num_pages - 1}, got {bad}")
-        if len(set(dst)) < len(dst) or not set(src).isdisjoint(dst):
-            raise ValueError(
-                f"copy_pages: dst_ids must be distinct and not among src_ids, got {src} -> {dst}"
-            )
-        if not src:
-            return
-        for pages in (self.k_pages, self.v_pages):
-            # Copied as bits where views allow, which needs no bfloat16 support of the framework.
-            bits = pages.view(np.uint16) if hasattr(pages, "strides") and pages.dtype.itemsize == 2 else pages
-            bits[dst] = bits[src]
+        _copy_pages((self.k_pages, self.v_pages), src_ids, dst_ids)
 
     def __repr__(self) -> str:
         module = type(self.k_pages).__module__.partition(".")[0]
-        size = float(self.nbytes)
-        for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-            if size < 1024 or unit == "TiB":
-                break
-            size /= 1024
         return (
             f"PagedKVCache({self.num_pages} pages x {self.page_size} tokens, "
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"{checks.dtype_name(self.dtype)}, {self.layout}, {module}, {size:.4g} {unit})"
+            f"{checks.dtype_name(self.dtype)}, {self.layout}, {module}, {_readable(self.nbytes)})"
         )
+
+
+class PagedMLACache(ArrayGroup):
+    """Latent rows of one layer of multi-head latent attention (DeepSeek), in pages. Wraps arrays without copying.
+
+    A token's row is its compressed latent vector `ckv`, which is key and value of all heads, and the part of the key
+    that carries the position, `kpe`. Immutable, as `PagedKVCache` is.
+
+    Parameters
+    ----------
+    ckv_pages : array, shape [num_pages, page_size, ckv_dim], float16/bfloat16/float32
+        Any strides, as long as the last axis is contiguous. On a GPU `ckv_dim` is 512, and float32 does not work.
+    kpe_pages : array, shape [num_pages, page_size, kpe_dim]
+        Of the same dtype; rotated. On a GPU `kpe_dim` is 64.
+
+    Raises
+    ------
+    TypeError
+        An argument is not an array, or its dtype is not supported, or the two differ in dtype.
+    ValueError
+        A shape or a stride is wrong.
+
+    Notes
+    -----
+    DeepSeek-V2, arXiv:2405.04434, section 2.1.
+
+    Examples
+    --------
+    >>> cache = PagedMLACache.allocate(4, 16, dtype="float16")
+    >>> cache.ckv_pages.shape, cache.kpe_pages.shape, cache.nbytes
+    ((4, 16, 512), (4, 16, 64), 73728)
+    """
+
+    __slots__ = ("ckv_pages", "kpe_pages")
+
+    ckv_pages: Any
+    kpe_pages: Any
+
+    def __init__(self, ckv_pages: Any, kpe_pages: Any) -> None:
+        checks.check_arrays(
+            "PagedMLACache",
+            {
+                "ckv_pages": (ckv_pages, "num_pages page_size ckv_dim"),
+                "kpe_pages": (kpe_pages, "num_pages page_size kpe_dim"),
+            },
+        )
+        checks.check_dtype("PagedMLACache: ckv_pages", ckv_pages, tuple(_DTYPES))
+        checks.check_same_dtype("PagedMLACache: kpe_pages", kpe_pages, "ckv_pages", ckv_pages)
+        for name, a in (("ckv_pages", ckv_pages), ("kpe_pages", kpe_pages)):
+            checks.check_last_axis_contiguous(f"PagedMLACache: {name}", a)
+            if 0 in a.shape[1:]:
+                raise ValueError(
+                    f"PagedMLACache: {name} must have page_size and dimensions of at least 1, got shape {list(a.shape)}"
+                )
+        super().__init__({"ckv_pages": ckv_pages, "kpe_pages": kpe_pages})
+
+    @classmethod
+    def from_concatenated(cls, pages: Any, *, ckv_dim: int = 512) -> PagedMLACache:
+        """Wrap one array [num_pages, page_size, ckv_dim + kpe_dim], a token's ckv and kpe side by side."""
+        checks.check_arrays(
+            "PagedMLACache.from_concatenated", {"pages": (pages, "num_pages page_size row_dim")}
+        )
+        if not 0 < ckv_dim < pages.shape[2]:
+            raise ValueError(
+                f"PagedMLACache.from_concatenated: ckv_dim must be within 1..{pages.shape[2] - 1}, got {ckv_dim}"
+            )
+        return cls(pages[..., :ckv_dim], pages[..., ckv_dim:])
+
+    @classmethod
+    def allocate(
+        cls,
+        num_pages: int,
+        page_size: int,
+        *,
+        ckv_dim: int = 512,
+        kpe_dim: int = 64,
+        dtype: Any = "bfloat16",
+        xp: Any = np,
+    ) -> PagedMLACache:
+        """Make a cache of zeros, in one array, with a token's ckv and kpe side by side.
+
+        Parameters
+        ----------
+        num_pages, page_size, ckv_dim, kpe_dim : int
+        dtype : {"bfloat16", "float16", "float32"} or dtype
+        xp : module
+            ``numpy`` or ``cupy``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As the constructor.
+        """
+        name = checks.dtype_name(np.dtype(dtype) if isinstance(dtype, type) else dtype)
+        if name not in _DTYPES:
+            raise TypeError(f"PagedMLACache.allocate: dtype must be one of {', '.join(_DTYPES)}, got {name}")
+        pages = xp.zeros((num_pages, page_size, ckv_dim + kpe_dim), _DTYPES[name])
+        return cls.from_concatenated(pages, ckv_dim=ckv_dim)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PagedMLACache, (self.ckv_pages, self.kpe_pages)
+
+    @property
+    def num_pages(self) -> int:
+        """Number of pages."""
+        return int(self.ckv_pages.shape[0])
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return int(self.ckv_pages.shape[1])
+
+    @property
+    def ckv_dim(self) -> int:
+        """Size of the latent vectors."""
+        return int(self.ckv_pages.shape[2])
+
+    @property
+    def kpe_dim(self) -> int:
+        """Size of the rotated part of the key."""
+        return int(self.kpe_pages.shape[2])
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the pages, as their framework has it."""
+        return self.ckv_pages.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_pages * self.page_size * (self.ckv_dim + self.kpe_dim) * int(self.dtype.itemsize)
+
+    def copy_pages(self, src_ids: Sequence[int], dst_ids: Sequence[int]) -> None:
+        """Copy page ``src_ids[i]`` onto page ``dst_ids[i]`` for every ``i`` at once; see `PagedKVCache.copy_pages`."""
+        _copy_pages((self.ckv_pages, self.kpe_pages), src_ids, dst_ids)
+
+    def __repr__(self) -> str:
+        module = type(self.ckv_pages).__module__.partition(".")[0]
+        return (
+            f"PagedMLACache({self.num_pages} pages x {self.page_size} tokens, ckv_dim={self.ckv_dim}, "
+            f"kpe_dim={self.kpe_dim}, {checks.dtype_name(self.dtype)}, {module}, {_readable(self.nbytes)})"
+        )
+
+
+def _copy_pages(arrays: Sequence[Any], src_ids: Sequence[int], dst_ids: Sequence[int]) -> None:
+    num_pages = int(arrays[0].shape[0])
+    src, dst = [int(i) for i in src_ids], [int(i) for i in dst_ids]
+    if len(src) != len(dst):
+        raise ValueError(
+            f"copy_pages: src_ids and dst_ids must be of one length, got {len(src)} and {len(dst)}"
+        )
+    for name, ids in (("src_ids", src), ("dst_ids", dst)):
+        bad = next((i for i in ids if not 0 <= i < num_pages), None)
+        if bad is not None:
+            raise ValueError(f"copy_pages: {name} must be within 0..{num_pages - 1}, got {bad}")
+    if len(set(dst)) < len(dst) or not set(src).isdisjoint(dst):
+        raise ValueError(f"copy_pages: dst_ids must be distinct and not among src_ids, got {src} -> {dst}")
+    if not src:
+        return
+    for pages in arrays:
+        # Copied as bits where views allow, which needs no bfloat16 support of the framework.
+        bits = pages.view(np.uint16) if hasattr(pages, "strides") and pages.dtype.itemsize == 2 else pages
+        bits[dst] = bits[src]
+
+
+def _readable(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.4g} {unit}"
 
 
 def _page_token_head(strides: tuple[int, ...], layout: str) -> tuple[int, int, int]:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cupyattn import checks, interop, kernels, reference
-from cupyattn.cache import PagedKVCache, PageTable, as_cache, as_operand
+from cupyattn import checks, interop, kernels, mla, reference, runs
+from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable, as_cache, as_operand
 from cupyattn.plan import Plan, PlanCache
+from cupyattn.runs import Runs, as_split_size, check_options
 from cupyattn.runtime.device import device_properties
-from cupyattn.runtime.launch import Launcher
 from cupyattn.runtime.registry import get_kernel
-from cupyattn.runtime.workspace import default_workspace, zeroed
-
-# What comes first in a workspace: Departures<TileInfo>::Memory of partials.cuh.
-_MAX_CTAS = 4096
-_TILE_INFO_BYTES = 64
-_DEPARTURES_BYTES = 16 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
-_MAX_SLOTS = 2**17  # partial states, with fixed splits: several GB
 
 
 def decode(
@@ -127,60 +119,27 @@ def decode(
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode: pages must be a PageTable, got {type(pages).__name__}")
     operands = (q, held, pages, qo_indptr, out, lse, workspace)
-    plan, place = _plans.find(operands, _split_size(fixed_split_size))
-    sm_scale = plan.sm_scale if sm_scale is None else checks.as_finite("decode: sm_scale", sm_scale)
-    logits_soft_cap = checks.as_finite("decode: logits_soft_cap", logits_soft_cap)
-    if logits_soft_cap < 0:
-        raise ValueError(f"decode: logits_soft_cap must be at least 0, got {logits_soft_cap}")
-    window_left = checks.as_index("decode: window_left", window_left)
-    if not -1 <= window_left < 2**31:
-        raise ValueError(f"decode: window_left must be within -1..2**31 - 1, got {window_left}")
-    checks.check_bool("decode: pdl", pdl)
+    plan, place = _plans.find(operands, as_split_size("decode", fixed_split_size))
+    if sm_scale is None:
+        sm_scale = plan.sm_scale
+    sm_scale, window_left, logits_soft_cap = check_options(
+        "decode", sm_scale, window_left, logits_soft_cap, pdl
+    )
     if validate:
-        _validate(q, as_cache(held), pages, qo_indptr, workspace, window_left)
+        runs.validate("decode", q, as_cache(held), pages, qo_indptr, workspace, window_left)
     out, lse = plan.run(operands, place, sm_scale, window_left, logits_soft_cap, return_lse, pdl)
     return (out, lse) if return_lse else out
 
 
-def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
-    """Allocate a workspace for `decode`, large enough for every call on that device without `fixed_split_size`.
-
-    All of it must be zero between launches; `decode` leaves it so. Launches that overlap in time must not share one:
-    they would take each other's partial states, and may end in an error of the device.
-
-    Parameters
-    ----------
-    device : int, optional
-        Device id; the current one by default.
-    num_bytes : int
-        Its size at least. Calls with `fixed_split_size` may need more: `decode_workspace_bytes` says how much.
-
-    Returns
-    -------
-    cupy.ndarray, uint8
-        About 19 MB on an H100.
-
-    Raises
-    ------
-    TypeError, ValueError
-        `num_bytes` is not an integer of at least 0.
-    """
-    properties = device_properties(device)
-    num_bytes = checks.as_index("decode_workspace: num_bytes", num_bytes)
-    if num_bytes < 0:
-        raise ValueError(f"decode_workspace: num_bytes must be at least 0, got {num_bytes}")
-    return zeroed(max(_workspace_bytes(properties.id), num_bytes), properties.id)
-
-
 def decode_workspace_bytes(
     q: Any,
-    cache: PagedKVCache | tuple[Any, Any],
+    cache: PagedKVCache | PagedMLACache | tuple[Any, Any],
     pages: PageTable,
     *,
     qo_indptr: Any = None,
     fixed_split_size: int | None = None,
 ) -> int:
-    """Say how large a workspace must be for calls of `decode` with arrays like these.
+    """Say how large a workspace must be for calls of `decode`, or of `mla_decode`, with arrays like these.
 
     With `fixed_split_size` it has a slot for every split that the page table has room for, each with the states of a
     tile of query rows (8 for up to 8 query heads a KV head): 36 MB for 64 requests of up to 32768 tokens, 8 KV heads
@@ -189,7 +148,7 @@ def decode_workspace_bytes(
     Parameters
     ----------
     q, cache, pages, qo_indptr, fixed_split_size
-        As for `decode`; CUDA arrays of CuPy, torch or JAX. Nothing is read or written.
+        As for the call; CUDA arrays of CuPy, torch or JAX. Nothing is read or written.
 
     Returns
     -------
@@ -199,13 +158,14 @@ def decode_workspace_bytes(
     Raises
     ------
     TypeError, ValueError
-        As `decode` does; TypeError for arrays that are not on a GPU.
+        As the call does; TypeError for arrays that are not on a GPU.
     """
-    if interop.is_foreign(q):
+    first = q[0] if isinstance(cache, PagedMLACache) and isinstance(q, tuple | list) and q else q
+    if interop.is_foreign(first):
         return int(
             interop.call(
                 decode_workspace_bytes,
-                q,
+                first,
                 q,
                 cache,
                 pages,
@@ -213,32 +173,16 @@ def decode_workspace_bytes(
                 fixed_split_size=fixed_split_size,
             )
         )
-    checks.check_is_array("decode_workspace_bytes: q", q)
-    if checks.framework_of(q) != "cupy":
-        raise TypeError(f"decode_workspace_bytes: q must be a CuPy array, got {type(q).__name__}")
+    checks.check_is_array("decode_workspace_bytes: q", first)
+    if checks.framework_of(first) != "cupy":
+        raise TypeError(f"decode_workspace_bytes: q must be a CuPy array, got {type(first).__name__}")
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode_workspace_bytes: pages must be a PageTable, got {type(pages).__name__}")
+    if isinstance(cache, PagedMLACache):
+        return mla.needed_workspace_bytes(q, cache, pages, qo_indptr, fixed_split_size)
     operands = (q, as_operand("decode_workspace_bytes", cache), pages, qo_indptr, None, None, None)
-    plan, _ = _plans.find(operands, _split_size(fixed_split_size))
+    plan, _ = _plans.find(operands, as_split_size("decode", fixed_split_size))
     return plan.needed_bytes
-
-
-def _split_size(fixed_split_size: int | None) -> int | None:
-    """Return it as an int: 64.0 would find the plan of 64."""
-    if fixed_split_size is None:
-        return None
-    return checks.as_index("decode: fixed_split_size", fixed_split_size)
-
-
-def _validate(
-    q: Any, cache: PagedKVCache, pages: PageTable, qo_indptr: Any, workspace: Any, window_left: int
-) -> None:
-    checks.validate_pages(
-        "decode", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
-        num_tokens=q.shape[0], window_left=window_left,
-    )  # fmt: skip
-    if workspace is not None and checks.to_host(workspace).any():
-        raise ValueError("decode: workspace must be all zeros between launches, got others")
 
 
 _TABLES = ("kv_indptr", "kv_indices", "kv_lens")
@@ -257,9 +201,7 @@ class _DecodePlan(Plan):
     def __init__(self, operands: tuple[Any, ...], fixed_split_size: int | None) -> None:
         super().__init__(operands)
         q, cache, pages, qo_indptr, out, lse, workspace = operands
-        size = self.fixed_split_size = fixed_split_size
-        if size is not None and (size < 64 or size & (size - 1)):
-            raise ValueError(f"decode: fixed_split_size must be a power of two of at least 64, got {size}")
+        self.fixed_split_size = fixed_split_size
         cache = as_cache(cache)
         signature = {
             "q": (q, "batch num_qo_heads head_dim" if qo_indptr is None else "total_q num_qo_heads head_dim"),
@@ -346,92 +288,37 @@ class _CupyPlan(_DecodePlan):
         for name, a in (("q", q), ("k_pages", cache.k_pages), ("v_pages", cache.v_pages), ("out", out)):
             if a is not None:
                 checks.check_aligned_strides(f"decode: {name}", a)
-        self.needed_bytes = _workspace_bytes(self.device)
+        self.needed_bytes = runs.workspace_bytes(self.device)
         num_tokens, num_qo_heads, head_dim = q.shape
         batch_size, group_size = pages.batch_size, num_qo_heads // cache.num_kv_heads
-        self.has_work = num_tokens > 0 and batch_size > 0
-        if not self.has_work:
-            self._check_workspace(workspace)
-            return
-        # Rows that a KV head's tile holds on average; the device finds the true counts. Any choice is right, but
-        # another one rounds differently: a batch-invariant one must not depend on the batch.
-        rows = group_size if self.fixed_split_size else -(-num_tokens // batch_size) * group_size
-        config = kernels.decode_config(device_properties(self.device).arch, head_dim, rows)
-        size = self.fixed_split_size
-        template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
-        kernel = get_kernel("decode", *template, device=self.device)
-        num_ctas, shared_bytes = _grid(kernel, config, head_dim)
-        # CTAs without work only delay the next launch.
-        max_units = self._max_units(
-            size or config.tile_kv, num_tokens * group_size, single, config.tile_q, cache, pages
-        )
-        num_ctas = min(num_ctas, max_units)
-        split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
-        if size is not None:
-            split_shift = (size // config.tile_kv).bit_length() - 1
-            max_splits = num_slots = max_units
-            if max_splits > _MAX_SLOTS:
-                raise ValueError(
-                    f"decode: fixed_split_size = {size} makes up to {max_splits} splits of what the "
-                    f"page table has room for, more than {_MAX_SLOTS}"
-                )
-        self.lse_offset = _DEPARTURES_BYTES + num_slots * config.tile_q * head_dim * 4
-        self.needed_bytes = max(
-            self.needed_bytes, _DEPARTURES_BYTES + num_slots * _state_bytes(config.tile_q, head_dim)
-        )
-        self._check_workspace(workspace)
-        self.prepare = functools.partial(
-            kernel.prepare, num_ctas, config.num_threads, shared_mem=shared_bytes
-        )
-        self.launchers: dict[bool, Launcher] = {}  # with and without pdl
-        strides_of_out = (
-            checks.element_strides(out)[:2] if out is not None else (num_qo_heads * head_dim, head_dim)
-        )
-        strides_of_lse = checks.element_strides(lse) if lse is not None else (num_qo_heads, 1)
-        table_row_stride = 0 if pages.kv_indptr is not None else checks.element_strides(pages.kv_indices)[0]
-        # Entries that the kernel may prefetch from the table's start on: of a table that lies there in one piece.
-        in_one_piece = not pages.is_dense or table_row_stride >= pages.kv_indices.shape[1]
-        num_table_entries = min(pages.kv_indices.size, 2**31 - 1) if in_one_piece else 0
-        self.constants = (
-            *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *strides_of_out, *strides_of_lse,
-            batch_size, cache.num_kv_heads, *kernels.divisor(group_size), *kernels.divisor(cache.page_size),
-            table_row_stride, num_table_entries, split_shift, max_splits,
-        )  # fmt: skip
-
-    @staticmethod
-    def _max_units(
-        size: int, rows: int, single: bool, tile_q: int, cache: PagedKVCache, pages: PageTable
-    ) -> int:
-        """Bound the tiles or fixed splits (of `size` keys) of a step from shapes alone.
-
-        In each group of a KV head there are those of its request.
-        `rows` are all requests' query rows of a KV head. With one query token a request (`single`) all have as many
-        tiles of them. Else a request has rows // tile_q tiles, rounded down, and one more at most; and the products
-        of tiles and splits add up to at most the product of the sums.
-        """
-        batch_size, tokens = pages.batch_size, int(pages.kv_indices.size) * cache.page_size
-        num_q_tiles = batch_size * -(-rows // batch_size // tile_q) if single else rows // tile_q + batch_size
-        if pages.is_dense:  # no request has more than a row of the table
-            bound = num_q_tiles * max(-(-tokens // batch_size // size), 1)
-        elif single:
-            bound = num_q_tiles // batch_size * (tokens // size + batch_size)
-        else:
-            bound = rows // tile_q * (tokens // size) + num_q_tiles + tokens // size
-        return cache.num_kv_heads * bound
-
-    def _check_workspace(self, workspace: Any) -> None:
-        if workspace is None:
-            return
-        checks.check_dtype("decode: workspace", workspace, "uint8")
-        if workspace.ndim != 1 or workspace.nbytes < self.needed_bytes or workspace.strides[0] != 1:
-            raise ValueError(
-                f"decode: workspace must be contiguous, of at least {self.needed_bytes} bytes (see "
-                f"decode_workspace_bytes), got shape {list(workspace.shape)}"
+        self.runs: Runs | None = None
+        if num_tokens > 0 and batch_size > 0:
+            # Rows that a KV head's tile holds on average; the device finds the true counts. Any choice is right, but
+            # another one rounds differently: a batch-invariant one must not depend on the batch.
+            size = self.fixed_split_size
+            rows = group_size if size else -(-num_tokens // batch_size) * group_size
+            config = kernels.decode_config(device_properties(self.device).arch, head_dim, rows)
+            template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
+            self.runs = Runs(
+                "decode", get_kernel("decode", *template, device=self.device), config,
+                config.shared_bytes(head_dim), head_dim, num_rows=num_tokens * group_size, single=single,
+                num_kv_heads=cache.num_kv_heads, page_size=cache.page_size, pages=pages, fixed_split_size=size,
+            )  # fmt: skip
+            self.needed_bytes = self.runs.needed_bytes
+            strides_of_out = (
+                checks.element_strides(out)[:2] if out is not None else (num_qo_heads * head_dim, head_dim)
             )
+            strides_of_lse = checks.element_strides(lse) if lse is not None else (num_qo_heads, 1)
+            self.constants = (
+                *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *strides_of_out,
+                *strides_of_lse, batch_size, cache.num_kv_heads, *kernels.divisor(group_size),
+                *kernels.divisor(cache.page_size), *self.runs.table_arguments,
+            )  # fmt: skip
+        runs.check_workspace("decode", workspace, self.needed_bytes)
 
     def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
         super().check_addresses(arrays, place)
-        if self.has_work:
+        if self.runs is not None:
             for name, address in zip(self.array_names, place, strict=True):
                 if name in ("q", "k_pages", "v_pages", "out", "workspace") and address % 16:
                     raise ValueError(f"decode: {name} must be aligned to 16 bytes, got address {address:#x}")
@@ -452,66 +339,27 @@ class _CupyPlan(_DecodePlan):
             out = cupy.empty(q.shape, q.dtype)
         if lse is None and return_lse:
             lse = cupy.empty(q.shape[:2], np.float32)
-        if not self.has_work:
-            return out, lse
-        launcher = self.launchers.get(pdl)
-        if launcher is None:
-            launcher = self.launchers[pdl] = self.prepare(pdl=pdl)
-        stream = cupy.cuda.get_current_stream().ptr
-        if workspace is None:
-            workspace = default_workspace(self.needed_bytes, self.device, stream)
-        scratch = workspace.data.ptr
-        q_ptr, k_ptr, v_ptr, kv_indptr_ptr, kv_indices_ptr, kv_lens_ptr, qo_indptr_ptr, *_ = place
-        launcher(
-            (
-                q_ptr,
-                k_ptr,
-                v_ptr,
-                qo_indptr_ptr,
-                kv_indptr_ptr,
-                kv_indices_ptr,
-                kv_lens_ptr,
-                out.data.ptr,
-                0 if lse is None else lse.data.ptr,
-                scratch + _DEPARTURES_BYTES,
-                scratch + self.lse_offset,
-                scratch,
-                *self.constants,
-                window_left,
-                sm_scale,
-                logits_soft_cap,
-            ),
-            stream,
-        )
+        if self.runs is not None:
+            q_ptr, k_ptr, v_ptr, kv_indptr_ptr, kv_indices_ptr, kv_lens_ptr, qo_indptr_ptr, *_ = place
+            lse_ptr = 0 if lse is None else lse.data.ptr
+            self.runs(
+                (
+                    q_ptr,
+                    k_ptr,
+                    v_ptr,
+                    qo_indptr_ptr,
+                    kv_indptr_ptr,
+                    kv_indices_ptr,
+                    kv_lens_ptr,
+                    out.data.ptr,
+                    lse_ptr,
+                ),
+                workspace,
+                (*self.constants, window_left, sm_scale, logits_soft_cap),
+                cupy.cuda.get_current_stream().ptr,
+                pdl,
+            )
         return out, lse
 
 
 _plans: PlanCache[_DecodePlan] = PlanCache(_NumpyPlan, _CupyPlan)
-
-
-def _grid(kernel: Any, config: kernels.DecodeConfig, head_dim: int) -> tuple[int, int]:
-    """Return as many CTAs as the device holds at once, and the shared memory of each."""
-    shared_bytes = config.shared_bytes(head_dim)
-    per_sm = kernel.max_active_blocks(config.num_threads, shared_bytes)
-    return min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS), shared_bytes
-
-
-@functools.cache
-def _workspace_bytes(device: int) -> int:
-    """Return the bytes that the hungriest shape of the kernel needs: two partial states a CTA.
-
-    The number of CTAs is bounded by shared memory alone here, so that nothing is compiled to find it.
-    """
-    properties = device_properties(device)
-    most = 0
-    for head_dim in kernels.DECODE_HEAD_DIMS:
-        for config in kernels.decode_configs(properties.arch, head_dim):
-            per_sm = properties.max_shared_per_sm // config.shared_bytes(head_dim)
-            num_ctas = min(per_sm * properties.num_sms, _MAX_CTAS)
-            most = max(most, 2 * num_ctas * _state_bytes(config.tile_q, head_dim))
-    return _DEPARTURES_BYTES + most
-
-
-def _state_bytes(tile_q: int, head_dim: int) -> int:
-    """Return the bytes of one partial state: its rows, and each row's lse once for every 16 columns."""
-    return 4 * tile_q * (head_dim + head_dim // 16)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.cache import PagedKVCache, PageTable
+from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable
 from cupyattn.checks import framework_of
 
 
@@ -47,6 +47,8 @@ def get_array_module(*args: Any) -> Any:
 def _some_array(a: Any) -> Any:
     if isinstance(a, PagedKVCache):
         return a.k_pages
+    if isinstance(a, PagedMLACache):
+        return a.ckv_pages
     if isinstance(a, PageTable):
         return a.kv_lens
     return a
@@ -75,6 +77,8 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
         def native(a: Any) -> Any:
             if isinstance(a, PagedKVCache):
                 return PagedKVCache(native(a.k_pages), native(a.v_pages), layout=a.layout)
+            if isinstance(a, PagedMLACache):
+                return PagedMLACache(native(a.ckv_pages), native(a.kpe_pages))
             if isinstance(a, PageTable):
                 return PageTable(native(a.kv_indptr), native(a.kv_indices), native(a.kv_lens))
             if isinstance(a, tuple | list):
@@ -99,7 +103,7 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
             return from_native(a, framework)
 
         if framework == "jax":
-            for name in ("out", "lse", "into", "q_out"):
+            for name in ("out", "lse", "into", "q_out", "q_kpe_out"):
                 if kwargs.get(name) is not None:
                     raise TypeError(f"{function.__name__}: {name} cannot be a JAX array: they are immutable")
         native_kwargs = {name: a if name == "workspace" else native(a) for name, a in kwargs.items()}

@@ -131,6 +131,95 @@ def decode_template(
     )
 
 
+MLA_DIMS = (512, 64)  # of ckv and kpe: kCkvDim and kKpeDim of mla.cu
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """One shape of the MLA kernel: the template parameters after T (see mla.cu)."""
+
+    warps_q: int
+    row_blocks: int
+    warps_d: int
+    tile_kv: int
+    num_stages: int
+    query_buffers: int
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.warps_q * self.warps_d
+
+    @property
+    def tile_q(self) -> int:
+        """Query rows of a tile."""
+        return 16 * self.row_blocks * self.warps_q
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA."""
+        row_bytes = 2 * sum(MLA_DIMS)
+        kv_tiles = self.num_stages * self.tile_kv * row_bytes
+        queries = self.query_buffers * self.tile_q * row_bytes
+        dim_splits = self.warps_d // (self.tile_kv // 16)
+        logits = dim_splits * self.tile_q * (self.tile_kv + 8) * 4
+        row_addresses = 2 * 2 * self.tile_kv * 8
+        return kv_tiles + queries + logits + row_addresses
+
+
+def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:
+    """Choose the shape of the MLA kernel. Any choice is right; this one is fast.
+
+    Parameters
+    ----------
+    arch : str
+    rows : int
+        Query rows (query tokens x heads) of a request.
+    fixed_splits : bool
+        Then tiles have 32 rows at most: with more, registers would spill.
+
+    Notes
+    -----
+    On an H100 (227 KiB a CTA) a tile of 32 keys is 36 KiB and one of 64 query rows 72 KiB. A second buffer for
+    queries lets copies run ahead into the next request.
+    """
+    per_sm = shared_bytes_per_sm(arch)
+    shapes = [MLAConfig(1, 1, 8, 32, 4, 2), MLAConfig(1, 1, 8, 32, 3, 2), MLAConfig(1, 1, 4, 16, 3, 2)]
+    if rows > 16:
+        shapes = [MLAConfig(1, 2, 8, 32, 4, 1), MLAConfig(1, 2, 8, 32, 2, 1), *shapes]
+    if rows > 32 and not fixed_splits:
+        shapes = [MLAConfig(2, 2, 4, 32, 3, 1), *shapes]
+    for config in shapes:
+        if config.shared_bytes + _STATIC_SHARED_BYTES + _RESERVED_SHARED_BYTES <= per_sm:
+            return config
+    raise ValueError(f"mla_decode: no tile fits into {per_sm} bytes of shared memory ({arch})")
+
+
+def mla_configs(arch: str, fixed_splits: bool = False) -> tuple[MLAConfig, ...]:
+    """All that `mla_config` can choose."""
+    return tuple(dict.fromkeys(mla_config(arch, rows, fixed_splits) for rows in (16, 32, 33)))
+
+
+def mla_template(dtype: str, config: MLAConfig, fixed_splits: bool = False) -> tuple[str | int, ...]:
+    """Template arguments of the MLA kernel."""
+    return (
+        CUDA_TYPES[dtype],
+        config.warps_q,
+        config.row_blocks,
+        config.warps_d,
+        config.tile_kv,
+        config.num_stages,
+        config.query_buffers,
+        int(fixed_splits),
+    )
+
+
+def _mla_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
+    for dtype, fixed_splits in itertools.product(DECODE_DTYPES, (False, True)):
+        for config in mla_configs(arch, fixed_splits):
+            yield mla_template(dtype, config, fixed_splits)
+
+
 def divisor(value: int) -> tuple[int, int, int]:
     """Return `value` with what lets a kernel divide by it (see divide.cuh): (value, multiplier, shift)."""
     shift = (value - 1).bit_length()
@@ -182,6 +271,39 @@ DECODE = register_kernel(
     )
 )
 
+MLA_DECODE = register_kernel(
+    KernelSpec(
+        name="mla",
+        source="mla.cu",
+        symbol="cupyattn::mla_kernel",
+        template=(
+            "T",
+            "kWarpsQ",
+            "kRowBlocks",
+            "kWarpsD",
+            "kTileKV",
+            "kStages",
+            "kQueryBuffers",
+            "kFixedSplits",
+        ),
+        args=_args(
+            ptr="q_ckv q_kpe ckv_pages kpe_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
+            "partial_out partial_lse departures",
+            i64="q_ckv_stride_token q_ckv_stride_head q_kpe_stride_token q_kpe_stride_head "
+            "ckv_stride_page ckv_stride_token kpe_stride_page kpe_stride_token "
+            "out_stride_token out_stride_head lse_stride_token lse_stride_head",
+            i32="batch_size num_qo_heads",
+            u32="heads_multiplier",
+            i32_="heads_shift page_size",
+            u32_="page_multiplier",
+            i32__="page_shift table_row_stride num_table_entries split_shift max_splits window_left",
+            f32="sm_scale logits_soft_cap",
+        ),
+        instances=_mla_instances,
+        archs="sm_80",
+    )
+)
+
 MERGE_STATES = register_kernel(
     KernelSpec(
         name="merge_states",
@@ -212,7 +334,8 @@ APPEND = register_kernel(
             i64="k_in_stride_token k_in_stride_head v_in_stride_token v_in_stride_head "
             "k_stride_page k_stride_token k_stride_head v_stride_page v_stride_token v_stride_head "
             "q_stride_token q_stride_head q_out_stride_token q_out_stride_head",
-            i32="batch_size num_kv_heads num_qo_heads head_dim page_size table_row_stride rotary_dim rope_mode",
+            i32="batch_size num_kv_heads num_qo_heads head_dim v_head_dim page_size table_row_stride "
+            "rotary_dim rope_mode",
         ),
         instances=lambda arch: ((CUDA_TYPES[dtype],) for dtype in DECODE_DTYPES),
         archs="sm_80",

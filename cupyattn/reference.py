@@ -6,9 +6,11 @@ whatever lies in unused pages, in slots past a sequence's end or outside of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from cupyattn.cache import PagedKVCache, PageTable
+from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable
 from cupyattn.rope import Rope
 
 # Queries are taken in runs whose logits stay below this many numbers (32 MiB), however long the sequence.
@@ -55,11 +57,94 @@ def decode(
     out : array, shape of q, float64
     lse : array, shape of q without head_dim, float64
     """
-    num_qo_heads, head_dim = q.shape[1:]
     k_nhd, v_nhd = cache.nhd()
-    _, page_size, num_kv_heads, _ = k_nhd.shape
+    return _decode(
+        q,
+        lambda page_ids, tokens: _gather(k_nhd, page_ids, tokens),
+        lambda page_ids, tokens: _gather(v_nhd, page_ids, tokens),
+        pages,
+        page_size=cache.page_size,
+        num_kv_heads=cache.num_kv_heads,
+        value_dim=cache.head_dim,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        qo_indptr=qo_indptr,
+    )
+
+
+def mla_decode(
+    q_ckv: np.ndarray,
+    q_kpe: np.ndarray,
+    cache: PagedMLACache,
+    pages: PageTable,
+    *,
+    sm_scale: float,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    qo_indptr: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multi-head latent attention, absorbed: all heads share the keys ``(ckv, kpe)`` and the values ``ckv``.
+
+    As `decode` with one key/value head of the concatenated row, whose first ckv_dim entries are the value::
+
+        logit[j] = sm_scale * (dot(q_ckv[h], ckv[j]) + dot(q_kpe[h], kpe[j]))
+        out      = sum_j exp(logit[j] - lse) * ckv[j]
+
+    Parameters
+    ----------
+    q_ckv : array, shape [tokens, num_qo_heads, ckv_dim]
+    q_kpe : array, shape [tokens, num_qo_heads, kpe_dim]
+    cache : PagedMLACache
+    pages, sm_scale, window_left, logits_soft_cap, qo_indptr
+        As for `decode`.
+
+    Returns
+    -------
+    out : array, shape of q_ckv, float64
+    lse : array, shape [tokens, num_qo_heads], float64
+    """
+    ckv, kpe = cache.ckv_pages[:, :, None], cache.kpe_pages[:, :, None]
+
+    def keys(page_ids: np.ndarray, tokens: slice) -> np.ndarray:
+        return np.concatenate([_gather(ckv, page_ids, tokens), _gather(kpe, page_ids, tokens)], axis=-1)
+
+    return _decode(
+        np.concatenate([q_ckv, q_kpe], axis=-1),
+        keys,
+        lambda page_ids, tokens: _gather(ckv, page_ids, tokens),
+        pages,
+        page_size=cache.page_size,
+        num_kv_heads=1,
+        value_dim=cache.ckv_dim,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        qo_indptr=qo_indptr,
+    )
+
+
+_Gather = Callable[[np.ndarray, slice], np.ndarray]
+
+
+def _decode(
+    q: np.ndarray,
+    keys: _Gather,
+    values: _Gather,
+    pages: PageTable,
+    *,
+    page_size: int,
+    num_kv_heads: int,
+    value_dim: int,
+    sm_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    qo_indptr: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Do the work of `decode`. ``keys(page_ids, tokens)`` is [num_kv_heads, tokens, dim] in float64, so is `values`."""
+    num_qo_heads, head_dim = q.shape[1:]
     group_size = num_qo_heads // num_kv_heads
-    out = np.zeros(q.shape)
+    out = np.zeros((*q.shape[:2], value_dim))
     lse = np.full(q.shape[:2], -np.inf)
 
     starts = range(pages.batch_size + 1) if qo_indptr is None else qo_indptr.tolist()
@@ -79,7 +164,7 @@ def decode(
             queries = q[begin:stop].reshape(-1, num_kv_heads, group_size, head_dim).swapaxes(0, 1)
             queries = queries.astype(np.float64).reshape(num_kv_heads, -1, head_dim) * sm_scale
             # Keys and values are widened in turn: one large array at a time, in memory that is warm already.
-            logits = queries @ _gather(k_nhd, page_ids, tokens).swapaxes(1, 2)
+            logits = queries @ keys(page_ids, tokens).swapaxes(1, 2)
             if logits_soft_cap > 0:
                 logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
             logits = logits.reshape(num_kv_heads, stop - begin, group_size, -1)
@@ -95,9 +180,9 @@ def decode(
             weights = np.exp(logits - top)
             total = weights.sum(axis=-1, keepdims=True)
             weights /= total
-            mixed = weights.reshape(num_kv_heads, -1, weights.shape[-1]) @ _gather(v_nhd, page_ids, tokens)
-            mixed = mixed.reshape(num_kv_heads, stop - begin, group_size, head_dim)
-            out[begin:stop] = mixed.swapaxes(0, 1).reshape(-1, num_qo_heads, head_dim)
+            mixed = weights.reshape(num_kv_heads, -1, weights.shape[-1]) @ values(page_ids, tokens)
+            mixed = mixed.reshape(num_kv_heads, stop - begin, group_size, value_dim)
+            out[begin:stop] = mixed.swapaxes(0, 1).reshape(-1, num_qo_heads, value_dim)
             lse[begin:stop] = (top + np.log(total))[..., 0].swapaxes(0, 1).reshape(-1, num_qo_heads)
             begin = stop
     return out, lse
@@ -220,6 +305,41 @@ def append(
     rope : Rope, optional
         Rotates `k` (not `v`) by the positions before it is stored.
     """
+    _append(k, v, *cache.nhd(), pages, qo_indptr, rope)
+
+
+def mla_append(
+    ckv: np.ndarray,
+    kpe: np.ndarray,
+    cache: PagedMLACache,
+    pages: PageTable,
+    *,
+    qo_indptr: np.ndarray | None = None,
+    rope: Rope | None = None,
+) -> None:
+    """Write new tokens' latent rows into the cache, in place, as `append` does: `kpe` is rotated, `ckv` is not.
+
+    Parameters
+    ----------
+    ckv : array, shape [tokens, ckv_dim]
+    kpe : array, shape [tokens, kpe_dim]
+    cache : PagedMLACache
+    pages, qo_indptr, rope
+        As for `append`.
+    """
+    ckv_pages, kpe_pages = cache.ckv_pages[:, :, None], cache.kpe_pages[:, :, None]
+    _append(kpe[:, None], ckv[:, None], kpe_pages, ckv_pages, pages, qo_indptr, rope)
+
+
+def _append(
+    k: np.ndarray,
+    v: np.ndarray,
+    k_nhd: np.ndarray,
+    v_nhd: np.ndarray,
+    pages: PageTable,
+    qo_indptr: np.ndarray | None,
+    rope: Rope | None,
+) -> None:
     request, position = token_positions(pages.kv_lens, qo_indptr)
     k, v = k[: len(request)], v[: len(request)]  # what comes after is padding
     if rope is not None:
@@ -227,11 +347,22 @@ def append(
     stored = position >= 0
     if not stored.all():
         request, position, k, v = request[stored], position[stored], k[stored], v[stored]
-    column, slot = np.divmod(position, cache.page_size)
+    column, slot = np.divmod(position, k_nhd.shape[1])
     if pages.kv_indptr is None:
         page_ids = pages.kv_indices[request, column]
     else:
         page_ids = pages.kv_indices[pages.kv_indptr.astype(np.int64)[request] + column]
-    k_nhd, v_nhd = cache.nhd()
     k_nhd[page_ids, slot] = k.astype(k_nhd.dtype, copy=False)
     v_nhd[page_ids, slot] = v.astype(v_nhd.dtype, copy=False)
+
+
+def rotate_queries(
+    q: np.ndarray, pages: PageTable, qo_indptr: np.ndarray | None, rope: Rope | None
+) -> np.ndarray:
+    """Return a copy of `q` ([tokens, heads, dim]), rotated to the new tokens' positions; padding stays as it is."""
+    rotated = q.copy()
+    if rope is not None:
+        _, positions = token_positions(pages.kv_lens, qo_indptr)
+        num_tokens = len(positions)
+        rotated[:num_tokens] = apply_rope(q[:num_tokens], positions, rope).astype(q.dtype)
+    return rotated

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kAppendThreads)
                   i64 v_stride_page, i64 v_stride_token, i64 v_stride_head,
                   i64 q_stride_token, i64 q_stride_head,
                   i64 q_out_stride_token, i64 q_out_stride_head,
-                  int batch_size, int num_kv_heads, int num_qo_heads, int head_dim,
+                  int batch_size, int num_kv_heads, int num_qo_heads,
+                  int head_dim, int v_head_dim,  // of k and q; of v
                   int page_size, int table_row_stride, int rotary_dim, int rope_mode) {
   // clang-format on
   launch_dependents();  // decode with pdl=True finds out what it will read meanwhile
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kAppendThreads)
                k_pages + k_strides.offset(page_id, token_in_page, 0), k_stride_head, num_kv_heads, head_dim,
                rotary_dim, mode, smem_cos_sin);
     copy_heads(v + token * v_in_stride_token, v_in_stride_head,
-               v_pages + v_strides.offset(page_id, token_in_page, 0), v_stride_head, num_kv_heads, head_dim,
+               v_pages + v_strides.offset(page_id, token_in_page, 0), v_stride_head, num_kv_heads, v_head_dim,
                rotary_dim, kNoRope, smem_cos_sin);
   }
   if (q != nullptr) {

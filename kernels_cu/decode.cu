@@ -18,38 +18,12 @@
 #include "cupyattn/mma.cuh"
 #include "cupyattn/paged.cuh"
 #include "cupyattn/partials.cuh"
+#include "cupyattn/run.cuh"
 #include "cupyattn/schedule.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/tile.cuh"
 
 namespace cupyattn {
-
-// tanh through exp2: 1 - 2 / (1 + e^2x). tanh.approx would cost 2^-11 of the cap, too much for fp16 output.
-__device__ __forceinline__ float tanh_accurate(float x) {
-  return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(fminf(2.0f * kLog2E * x, 126.0f)));
-}
-
-template <typename T>
-__device__ __forceinline__ void store4(T* gmem, const float4& x) {
-  *reinterpret_cast<uint2*>(gmem) = make_uint2(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w));
-}
-
-// What a tile is, from the thread that starts its copy to all that use it.
-struct alignas(16) TileInfo {
-  int token_begin;  // its first key
-  int kv_len;
-  int begins_segment;
-  int ends_segment;
-  int q_buffer;  // where the segment's queries lie
-  int q_tile;
-  int kv_head;
-  int qo_begin;
-  int qo_len;
-  GroupSlots group;
-  int slot;  // of the group's, where the segment's state goes
-  int rank;  // among the CTAs that have a part of the group
-  int num_sharers;
-};
 
 // clang-format off
 template <typename T, int kHeadDim, int kWarpsQ, int kRowBlocks, int kWarpsKV, int kTileKV, int kStages,
@@ -91,8 +65,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kLongRun = 64;  // tiles
   constexpr int kKeyBlocks = kKeysPerWarp / 16;
   constexpr int kDimSteps = kHeadDim / 16;
-  static_assert(sizeof(TileInfo) == 64 && sizeof(Departures<TileInfo>::Memory) == 16 + 4096 * (8 + 2 * 64),
-                "_DEPARTURES_BYTES of decode.py");
   static_assert(kHeadDim % 16 == 0 && kKeysPerWarp % 16 == 0, "a warp works on 16 x 16 blocks");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
   static_assert(kRowBlocks == 1 || kRowBlocks % 2 == 0, "queries are loaded in pairs of blocks");
@@ -117,6 +89,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse};
+  const Output<T, kTileQ> output{
+      out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, group};
 
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
   constexpr int kQueryBytes = kTileQ * Layout::kRowBytes;
@@ -142,10 +116,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const T** smem_rows = reinterpret_cast<const T**>(smem_q + kStages * kQueryBytes);  // [2][K, V][kTileKV]
   __shared__ TileInfo smem_tiles[kStages];
   __shared__ float2 smem_states[kWarps * kWarpRows];  // (max, sum) of each warp's rows
-  __shared__ TileInfo smem_shared[2];                 // of the groups that the run enters and leaves halfway
-  __shared__ __align__(16)
-      u64 smem_counts[2];  // the first words of *departures, as the run's last tile sees them
-  __shared__ int smem_num_departed;
+  __shared__ RunEnd smem_run_end;
 
   const int tid = threadIdx.x;
   const int lane = tid % 32;
@@ -293,33 +264,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     }
   };
 
-  const auto write_result = [&](const TileInfo& tile, int row, int dim, const float4& value, float lse_log2) {
-    const int row_in_request = tile.q_tile * kTileQ + row;
-    const int token_in_request = group.divide(row_in_request);
-    const int token = tile.qo_begin + token_in_request;
-    const int head = tile.kv_head * group_size + group.modulo(row_in_request, token_in_request);
-    store4(out + token * out_stride_token + head * out_stride_head + dim, value);
-    if (dim == 0 && lse != nullptr) {
-      lse[token * lse_stride_token + head * lse_stride_head] = lse_log2 * kLn2;
-    }
-  };
-  const auto merge_share = [&](const TileInfo& tile, float* scratch) {
-    const int num_rows = min(tile.qo_len * group_size - tile.q_tile * kTileQ, kTileQ);
-    const int num_lines = num_rows * partials.kRowLines;
-    const int lines_each =
-        static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
-    const int first_line = min(tile.rank * lines_each, num_lines);
-    constexpr int kInFlight = kFixedSplits ? 4 : 8;  // inside the loop there are fewer registers
-    // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
-    const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
-    merge_lines<kThreads, kInFlight>(partials, tile.group, wide, first_line,
-                                     min(first_line + lines_each, num_lines), scratch,
-                                     [&](int row, int dim, const float4& value, float lse_log2) {
-                                       write_result(tile, row, dim, value, lse_log2);
-                                     });
-  };
-
-  if (tid < 2) smem_shared[tid].num_sharers = 0;
+  if (tid < 2) smem_run_end.clear();
   find_row();
   if (tid < 2 * kTileKV && tid % kTileKV < keys_left()) {  // the first keys are on their way into L2
 #pragma unroll
@@ -346,22 +291,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       copy_tile(load_stage, slot);
       const bool ends_segment = load.ends_segment(problem);
       if (tid == 0) {
-        TileInfo& tile = smem_tiles[load_stage];
-        tile = TileInfo{load.token_begin(), load.request.kv_len, begins_segment, ends_segment,
-                        q_buffer,           load.q_tile,         load.kv_head,   load.request.qo_begin,
-                        load.request.qo_len};
-        if (ends_segment) {
-          const int unit = load.unit_in_group(problem);
-          const int group_begin = load.unit - unit;
-          const int num_units = load.request.num_units_in_group(problem);
-          const int first_cta = partition.cta_of(group_begin);
-          const int last_cta = partition.cta_of(group_begin + num_units - 1);
-          tile.rank = blockIdx.x - first_cta;
-          tile.num_sharers = last_cta + 1 - first_cta;
-          tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}
-                                    : GroupSlots{2 * first_cta, 2, tile.num_sharers};
-          tile.slot = tile.group.slot(kFixedSplits ? unit : tile.rank);
-        }
+        smem_tiles[load_stage] =
+            TileInfo::of(load, problem, partition, begins_segment, ends_segment, q_buffer);
       }
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kStages) q_buffer = 0;
@@ -386,10 +317,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       for (int step = 0; step < kDimSteps; ++step) load_q(q_frag[step], tile.q_buffer, step);
     }
 
-    if (ends_run && tid == 0) {
-      cp_async_16(smem_address_of(smem_counts), ctas.memory, true);
-      cp_async_commit();
-    }
+    if (ends_run && tid == 0) smem_run_end.ask(ctas);
 
     // S^T = K Q^T over the warp's own keys.
     float s[kChains * kKeyBlocks][kRowBlocks][4];
@@ -524,9 +452,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
           smem_states[warp * kWarpRows + block * 8 + quad_col + column] = make_float2(own.max, own.sum);
         }
       }
-    const int num_rows = min(total_rows - first_row, kTileQ);
+    const int num_rows = tile.num_rows<kTileQ>(group);
     const bool is_complete = tile.group.num_partials == 1;
-    if (!is_complete && tid == 0) smem_shared[tile.rank == 0] = tile;
+    if (!is_complete && tid == 0) smem_run_end.add(tile);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       __syncthreads();  // all warps are done with the tile
@@ -572,7 +500,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const float inverse = merged.inverse_sum();
         value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
         if (is_complete) {
-          write_result(tile, pass_row + row, dim, value, merged.lse_log2());
+          output.write(tile, pass_row + row, dim, value, merged.lse_log2());
         } else {
           partials.write(tile.slot, pass_row + row, dim, value, merged.lse_log2());
         }
@@ -584,26 +512,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.slot + 1 == tile.group.first + tile.group.num_partials) {
       __syncthreads();  // the scratch memory is free again
-      merge_share(tile, smem_scratch);
+      merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_scratch);
     }
     clear();
   }
 
-  // --- End of the run: this CTA's share of the groups that it has only a part of. ---
-  if (tid == 0) {
-    cp_async_wait<0>();
-    smem_num_departed = ctas.end(smem_counts[0], smem_shared);
-    if (smem_num_departed < 0) smem_shared[0].num_sharers = smem_shared[1].num_sharers = 0;
-  }
-  for (bool has_more = true; has_more;) {
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      if (smem_shared[i].num_sharers > 1) merge_share(smem_shared[i], reinterpret_cast<float*>(smem_kv));
-    }
-    if (smem_num_departed <= 0) return;
-    has_more = __syncthreads_or(tid == 0 && ctas.take(smem_num_departed, smem_shared));
-  }
+  smem_run_end.merge<kThreads, kFixedSplits>(ctas, partials, output, reinterpret_cast<float*>(smem_kv));
 }
 
 }  // namespace cupyattn

@@ -135,6 +135,7 @@ struct Departures {
     u64 is_written[kMaxCtas];
     Share shares[kMaxCtas][2];  // of those that have departed, in that order
   };
+  static_assert(sizeof(Memory) == 16 + kMaxCtas * (8 + 2 * sizeof(Share)), "_DEPARTURES_BYTES of decode.py");
   Memory* memory;
   u32 num_ctas;
 

@@ -29,6 +29,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// tanh through exp2: 1 - 2 / (1 + e^2x). tanh.approx would cost 2^-11 of the cap, too much for fp16 output.
+__device__ __forceinline__ float tanh_accurate(float x) {
+  return 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(fminf(2.0f * kLog2E * x, 126.0f)));
+}
+
 struct SoftmaxState {
   float max = neg_infinity();
   float sum = 0.0f;

@@ -1,0 +1,244 @@
+"""The host's side of run.cuh: grid, workspace and arguments of kernels that walk runs of KV tiles."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+from cupyattn import checks, kernels
+from cupyattn.cache import PageTable
+from cupyattn.runtime.device import device_properties
+from cupyattn.runtime.launch import Kernel, Launcher
+from cupyattn.runtime.workspace import default_workspace, zeroed
+
+# What comes first in a workspace: Departures<TileInfo>::Memory of partials.cuh.
+_MAX_CTAS = 4096
+_TILE_INFO_BYTES = 64
+_DEPARTURES_BYTES = 16 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
+_MAX_SLOTS = 2**17  # partial states, with fixed splits: several GB
+
+
+class Tiles(Protocol):
+    """What a launch must know of a kernel's shape."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a CTA."""
+
+    @property
+    def tile_q(self) -> int:
+        """Query rows of a tile."""
+
+    @property
+    def tile_kv(self) -> int:
+        """Keys of a tile."""
+
+
+class Runs:
+    """A launch whose CTAs each take a run of tiles, for calls of one signature.
+
+    Parameters
+    ----------
+    caller : str
+        The public function, for messages.
+    kernel : Kernel
+    tiles : Tiles
+    shared_bytes : int
+        Dynamic shared memory of a CTA.
+    head_dim : int
+        Of the result.
+    num_rows : int
+        All requests' query rows (tokens x group size) of a KV head.
+    single : bool
+        Whether every request has one query token.
+    num_kv_heads, page_size : int
+        Of the cache.
+    pages : PageTable
+    fixed_split_size : int or None
+
+    Attributes
+    ----------
+    needed_bytes : int
+        Of workspace.
+    table_arguments : tuple of int
+        The kernel's arguments from `table_row_stride` to `max_splits`.
+
+    Raises
+    ------
+    ValueError
+        There is room for more than 2^17 fixed splits.
+    """
+
+    def __init__(
+        self, caller: str, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, *, num_rows: int,
+        single: bool, num_kv_heads: int, page_size: int, pages: PageTable, fixed_split_size: int | None,
+    ) -> None:  # fmt: skip
+        self._device = kernel.device
+        # CTAs without work only delay the next launch.
+        max_units = num_kv_heads * _max_units(
+            fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
+        )
+        per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
+        num_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS, max_units)
+        split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
+        if fixed_split_size is not None:
+            split_shift = (fixed_split_size // tiles.tile_kv).bit_length() - 1
+            max_splits = num_slots = max_units
+            if max_splits > _MAX_SLOTS:
+                raise ValueError(
+                    f"{caller}: fixed_split_size = {fixed_split_size} makes up to {max_splits} splits of what the "
+                    f"page table has room for, more than {_MAX_SLOTS}"
+                )
+        self._lse_offset = _DEPARTURES_BYTES + num_slots * tiles.tile_q * head_dim * 4
+        self.needed_bytes = max(
+            workspace_bytes(kernel.device),
+            _DEPARTURES_BYTES + num_slots * _state_bytes(tiles.tile_q, head_dim),
+        )
+        self._prepare = functools.partial(
+            kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes
+        )
+        self._launchers: dict[bool, Launcher] = {}  # with and without pdl
+        table_row_stride = 0 if pages.kv_indptr is not None else checks.element_strides(pages.kv_indices)[0]
+        # Entries that the kernel may prefetch from the table's start on: of a table that lies there in one piece.
+        in_one_piece = not pages.is_dense or table_row_stride >= pages.kv_indices.shape[1]
+        num_table_entries = min(pages.kv_indices.size, 2**31 - 1) if in_one_piece else 0
+        self.table_arguments = (table_row_stride, num_table_entries, split_shift, max_splits)
+
+    def __call__(
+        self, pointers: tuple[int, ...], workspace: Any, arguments: tuple[Any, ...], stream: int, pdl: bool
+    ) -> None:
+        """Launch with `pointers`, those into a workspace (`workspace`, or the stream's own), and `arguments`."""
+        launcher = self._launchers.get(pdl)
+        if launcher is None:
+            launcher = self._launchers[pdl] = self._prepare(pdl=pdl)
+        if workspace is None:
+            workspace = default_workspace(self.needed_bytes, self._device, stream)
+        scratch = workspace.data.ptr
+        launcher(
+            (*pointers, scratch + _DEPARTURES_BYTES, scratch + self._lse_offset, scratch, *arguments), stream
+        )
+
+
+def _max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: int, pages: PageTable) -> int:
+    """Bound the tiles or fixed splits (of `size` keys) of a step and a KV head from shapes alone.
+
+    In each group of a KV head there are those of its request. With one query token a request (`single`) all have as
+    many tiles of rows. Else a request has rows // tile_q tiles, rounded down, and one more at most; and the products
+    of tiles and splits add up to at most the product of the sums.
+    """
+    batch_size, tokens = pages.batch_size, int(pages.kv_indices.size) * page_size
+    num_q_tiles = (
+        batch_size * -(-num_rows // batch_size // tile_q) if single else num_rows // tile_q + batch_size
+    )
+    if pages.is_dense:  # no request has more than a row of the table
+        return num_q_tiles * max(-(-tokens // batch_size // size), 1)
+    if single:
+        return num_q_tiles // batch_size * (tokens // size + batch_size)
+    return num_rows // tile_q * (tokens // size) + num_q_tiles + tokens // size
+
+
+def check_workspace(caller: str, workspace: Any, needed_bytes: int) -> None:
+    """Raise TypeError or ValueError unless it is None or serves (its address is checked elsewhere)."""
+    if workspace is None:
+        return
+    checks.check_dtype(f"{caller}: workspace", workspace, "uint8")
+    if workspace.ndim != 1 or workspace.nbytes < needed_bytes or workspace.strides[0] != 1:
+        raise ValueError(
+            f"{caller}: workspace must be contiguous, of at least {needed_bytes} bytes (see "
+            f"decode_workspace_bytes), got shape {list(workspace.shape)}"
+        )
+
+
+def check_options(
+    caller: str, sm_scale: Any, window_left: Any, logits_soft_cap: Any, pdl: Any
+) -> tuple[float, int, float]:
+    """Return the first three as plain numbers, or raise TypeError or ValueError."""
+    sm_scale = checks.as_finite(f"{caller}: sm_scale", sm_scale)
+    logits_soft_cap = checks.as_finite(f"{caller}: logits_soft_cap", logits_soft_cap)
+    if logits_soft_cap < 0:
+        raise ValueError(f"{caller}: logits_soft_cap must be at least 0, got {logits_soft_cap}")
+    window_left = checks.as_index(f"{caller}: window_left", window_left)
+    if not -1 <= window_left < 2**31:
+        raise ValueError(f"{caller}: window_left must be within -1..2**31 - 1, got {window_left}")
+    checks.check_bool(f"{caller}: pdl", pdl)
+    return sm_scale, window_left, logits_soft_cap
+
+
+def as_split_size(caller: str, fixed_split_size: Any) -> int | None:
+    """Return it as an int (64.0 would find the plan of 64), or raise TypeError or ValueError."""
+    if fixed_split_size is None:
+        return None
+    size = checks.as_index(f"{caller}: fixed_split_size", fixed_split_size)
+    if size < 64 or size & (size - 1):
+        raise ValueError(f"{caller}: fixed_split_size must be a power of two of at least 64, got {size}")
+    return size
+
+
+def validate(
+    caller: str, q: Any, cache: Any, pages: PageTable, qo_indptr: Any, workspace: Any, window_left: int
+) -> None:
+    """Check values in memory, on the host: the work of ``validate=True``. ValueError if one is wrong."""
+    checks.validate_pages(
+        caller, pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
+        num_tokens=q.shape[0], window_left=window_left,
+    )  # fmt: skip
+    if workspace is not None and checks.to_host(workspace).any():
+        raise ValueError(f"{caller}: workspace must be all zeros between launches, got others")
+
+
+def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
+    """Allocate a workspace for `decode` and `mla_decode`: for every call on that device without `fixed_split_size`.
+
+    All of it must be zero between launches; they leave it so. Launches that overlap in time must not share one:
+    they would take each other's partial states, and may end in an error of the device.
+
+    Parameters
+    ----------
+    device : int, optional
+        Device id; the current one by default.
+    num_bytes : int
+        Its size at least. Calls with `fixed_split_size` may need more: `decode_workspace_bytes` says how much.
+
+    Returns
+    -------
+    cupy.ndarray, uint8
+        About 37 MB on an H100.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `num_bytes` is not an integer of at least 0.
+    """
+    properties = device_properties(device)
+    num_bytes = checks.as_index("decode_workspace: num_bytes", num_bytes)
+    if num_bytes < 0:
+        raise ValueError(f"decode_workspace: num_bytes must be at least 0, got {num_bytes}")
+    return zeroed(max(workspace_bytes(properties.id), num_bytes), properties.id)
+
+
+@functools.cache
+def workspace_bytes(device: int) -> int:
+    """Return the bytes that the hungriest kernel needs: two partial states a CTA.
+
+    The number of CTAs is bounded by shared memory alone here, so that nothing is compiled to find it.
+    """
+    properties = device_properties(device)
+    shapes = [
+        (config.tile_q, head_dim, config.shared_bytes(head_dim))
+        for head_dim in kernels.DECODE_HEAD_DIMS
+        for config in kernels.decode_configs(properties.arch, head_dim)
+    ]
+    shapes += [
+        (config.tile_q, kernels.MLA_DIMS[0], config.shared_bytes)
+        for config in kernels.mla_configs(properties.arch)
+    ]
+    most = 0
+    for tile_q, head_dim, shared_bytes in shapes:
+        num_ctas = min(properties.max_shared_per_sm // shared_bytes * properties.num_sms, _MAX_CTAS)
+        most = max(most, 2 * num_ctas * _state_bytes(tile_q, head_dim))
+    return _DEPARTURES_BYTES + most
+
+
+def _state_bytes(tile_q: int, head_dim: int) -> int:
+    """Return the bytes of one partial state: its rows, and each row's lse once for every 16 columns."""
+    return 4 * tile_q * (head_dim + head_dim // 16)

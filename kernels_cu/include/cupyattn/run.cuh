@@ -1,0 +1,147 @@
+// What kernels that walk runs of KV tiles have in common: what a tile is, where results go, how a run ends.
+#pragma once
+
+#include "cupyattn/cp_async.cuh"
+#include "cupyattn/divide.cuh"
+#include "cupyattn/partials.cuh"
+#include "cupyattn/schedule.cuh"
+#include "cupyattn/types.cuh"
+
+namespace cupyattn {
+
+// What a tile is, from the thread that starts its copy to all that use it.
+struct alignas(16) TileInfo {
+  int token_begin;  // its first key
+  int kv_len;
+  int begins_segment;
+  int ends_segment;
+  int q_buffer;  // where the segment's queries lie
+  int q_tile;
+  int kv_head;
+  int qo_begin;
+  int qo_len;
+  GroupSlots group;
+  int slot;  // of the group's, where the segment's state goes
+  int rank;  // among the CTAs that have a part of the group
+  int num_sharers;
+
+  // The tile that a cursor points at, whose segment began here or earlier.
+  template <int kTileKV, int kTileQ, bool kFixedSplits>
+  static __device__ __forceinline__ TileInfo of(const Cursor<kTileKV, kTileQ, kFixedSplits>& load,
+                                                const Problem& problem, const Partition& partition,
+                                                bool begins_segment, bool ends_segment, int q_buffer) {
+    TileInfo tile{load.token_begin(), load.request.kv_len, begins_segment, ends_segment,
+                  q_buffer,           load.q_tile,         load.kv_head,   load.request.qo_begin,
+                  load.request.qo_len};
+    if (ends_segment) {
+      const int unit = load.unit_in_group(problem);
+      const int group_begin = load.unit - unit;
+      const int num_units = load.request.num_units_in_group(problem);
+      const int first_cta = partition.cta_of(group_begin);
+      const int last_cta = partition.cta_of(group_begin + num_units - 1);
+      tile.rank = blockIdx.x - first_cta;
+      tile.num_sharers = last_cta + 1 - first_cta;
+      tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}
+                                : GroupSlots{2 * first_cta, 2, tile.num_sharers};
+      tile.slot = tile.group.slot(kFixedSplits ? unit : tile.rank);
+    }
+    return tile;
+  }
+
+  // Rows of its query tile that exist.
+  template <int kTileQ>
+  __device__ __forceinline__ int num_rows(const Divisor& group_size) const {
+    return min(qo_len * group_size.value - q_tile * kTileQ, kTileQ);
+  }
+};
+static_assert(sizeof(TileInfo) == 64, "_TILE_INFO_BYTES of workspace.py");
+
+template <typename T>
+__device__ __forceinline__ void store4(T* gmem, const float4& x) {
+  *reinterpret_cast<uint2*>(gmem) = make_uint2(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w));
+}
+
+// Where results go.
+template <typename T, int kTileQ>
+struct Output {
+  T* out;      // [num_tokens, num_qo_heads, head_dim], strided
+  float* lse;  // [num_tokens, num_qo_heads] or null, natural log
+  i64 stride_token, stride_head;
+  i64 lse_stride_token, lse_stride_head;
+  Divisor group_size;
+
+  // Four columns of a row of the tile from `dim` on.
+  __device__ __forceinline__ void write(const TileInfo& tile, int row, int dim, const float4& value,
+                                        float lse_log2) const {
+    const int row_in_request = tile.q_tile * kTileQ + row;
+    const int token_in_request = group_size.divide(row_in_request);
+    const int token = tile.qo_begin + token_in_request;
+    const int head = tile.kv_head * group_size.value + group_size.modulo(row_in_request, token_in_request);
+    store4(out + token * stride_token + head * stride_head + dim, value);
+    if (dim == 0 && lse != nullptr) {
+      lse[token * lse_stride_token + head * lse_stride_head] = lse_log2 * kLn2;
+    }
+  }
+};
+
+// This CTA's share of the group that `tile` has ended a segment of; all threads must call it.
+// `scratch`: shared memory, 24 floats a warp.
+template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& partials,
+                                            const Output<T, kTileQ>& output, const TileInfo& tile,
+                                            float* scratch) {
+  const int num_lines = tile.num_rows<kTileQ>(output.group_size) * partials.kRowLines;
+  const int lines_each =
+      static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
+  const int first_line = min(tile.rank * lines_each, num_lines);
+  constexpr int kInFlight = kFixedSplits ? 4 : 8;  // inside the loop there are fewer registers
+  // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
+  const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
+  merge_lines<kThreads, kInFlight>(partials, tile.group, wide, first_line,
+                                   min(first_line + lines_each, num_lines), scratch,
+                                   [&](int row, int dim, const float4& value, float lse_log2) {
+                                     output.write(tile, row, dim, value, lse_log2);
+                                   });
+}
+
+// What a run leaves to its end, in shared memory.
+struct RunEnd {
+  u64 counts[2];       // the first words of Departures::Memory, as the run's last tile sees them
+  TileInfo shared[2];  // of the groups that the run enters and leaves halfway
+  int num_departed;
+
+  // Threads 0 and 1, before the first segment ends.
+  __device__ __forceinline__ void clear() { shared[threadIdx.x].num_sharers = 0; }
+  // One thread, where a segment ends that is not all of its group.
+  __device__ __forceinline__ void add(const TileInfo& tile) { shared[tile.rank == 0] = tile; }
+  // Thread 0, some time before the end.
+  __device__ __forceinline__ void ask(const Departures<TileInfo>& ctas) {
+    cp_async_16(smem_address_of(counts), ctas.memory, true);
+    cp_async_commit();
+  }
+
+  // All threads: this CTA's share of the groups that it has only a part of, and what CTAs that have departed left.
+  template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas,
+                                        const Partials<kHeadDim, kTileQ>& partials,
+                                        const Output<T, kTileQ>& output, float* scratch) {
+    const bool asks = threadIdx.x == 0;
+    if (asks) {
+      cp_async_wait<0>();
+      num_departed = ctas.end(counts[0], shared);
+      if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;
+    }
+    for (bool has_more = true; has_more;) {
+      __syncthreads();
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        if (shared[i].num_sharers > 1)
+          merge_share<kThreads, kFixedSplits>(partials, output, shared[i], scratch);
+      }
+      if (num_departed <= 0) return;
+      has_more = __syncthreads_or(asks && ctas.take(num_departed, shared));
+    }
+  }
+};
+
+}  // namespace cupyattn
