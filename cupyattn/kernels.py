@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -167,6 +168,20 @@ class MLAConfig:
         return kv_tiles + queries + logits + row_addresses
 
 
+@dataclass(frozen=True)
+class MLASm90Config:
+    """The one shape of the kernel of mla_sm90.cu."""
+
+    num_threads: int = 384
+    tile_q: int = 64
+    tile_kv: int = 64
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA: one tile of queries, two of keys, up to 1 KiB to align them."""
+        return 3 * 64 * 2 * sum(MLA_DIMS) + 1024
+
+
 def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:
     """Choose the shape of the MLA kernel. Any choice is right; this one is fast.
 
@@ -301,6 +316,18 @@ MLA_DECODE = register_kernel(
         ),
         instances=_mla_instances,
         archs="sm_80",
+    )
+)
+
+MLA_SM90_DECODE = register_kernel(
+    dataclasses.replace(
+        MLA_DECODE,
+        name="mla_sm90",
+        source="mla_sm90.cu",
+        symbol="cupyattn::mla_sm90_kernel",
+        template=("T",),
+        instances=lambda arch: ((CUDA_TYPES[dtype],) for dtype in DECODE_DTYPES),
+        archs=("sm_90a",),
     )
 )
 

@@ -274,12 +274,18 @@ class _CupyPlan(_MLAPlan):
             # As decode chooses: by the rows of a request on average; with fixed splits, of one token.
             size = self.fixed_split_size
             rows = num_qo_heads if size else -(-num_tokens // batch_size) * num_qo_heads
-            config = kernels.mla_config(device_properties(self.device).arch, rows, size is not None)
-            template = kernels.mla_template(checks.dtype_name(q), config, size is not None)
+            arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
+            config: kernels.MLAConfig | kernels.MLASm90Config
+            if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
+                config = kernels.MLASm90Config()
+                kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], device=self.device)
+            else:
+                config = kernels.mla_config(arch, rows, size is not None)
+                template = kernels.mla_template(dtype, config, size is not None)
+                kernel = get_kernel("mla", *template, device=self.device)
             self.runs = Runs(
-                "mla_decode", get_kernel("mla", *template, device=self.device), config, config.shared_bytes, ckv_dim,
-                num_rows=num_tokens * num_qo_heads, single=single, num_kv_heads=1, page_size=cache.page_size,
-                pages=pages, fixed_split_size=size,
+                "mla_decode", kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
+                single=single, num_kv_heads=1, page_size=cache.page_size, pages=pages, fixed_split_size=size,
             )  # fmt: skip
             self.needed_bytes = self.runs.needed_bytes
             strides_of_q = checks.element_strides(q)[:2]

@@ -1,0 +1,57 @@
+// Barriers in shared memory that count arrivals, of threads and of asynchronous copies (sm_90 and up), and registers
+// that warpgroups pass on to each other.
+#pragma once
+
+#include "cupyattn/types.cuh"
+
+namespace cupyattn {
+
+#if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void mbarrier_init(u32 smem_barrier, u32 num_arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(smem_barrier), "r"(num_arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(u32 smem_barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(smem_barrier) : "memory");
+}
+// Arrives when all copies that this thread has started so far have landed.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(u32 smem_barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(smem_barrier) : "memory");
+}
+// Waits for the phase of this parity to be over: 0 for the first one.
+__device__ __forceinline__ void mbarrier_wait(u32 smem_barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT;\n"
+      "}\n"
+      :
+      : "r"(smem_barrier), "r"(parity)
+      : "memory");
+}
+
+// Barrier `id` (1 .. 15) of so many threads, whole warps.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier(int id) {
+  asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(kThreads) : "memory");
+}
+
+#endif
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// All warps of a warpgroup: how many registers their threads have from here on.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(kRegisters));
+}
+
+#endif
+
+}  // namespace cupyattn
