@@ -1,7 +1,8 @@
 """The named configurations that are measured, and the bytes and operations each of them needs.
 
 A key says everything about a row: batch, KV length (or the name of a ragged mix), query/KV heads, head_dim
-and page size, then layout and dtype where they are not NHD and bfloat16. Peers' figures have the same keys.
+and page size, then layout and dtype where they are not NHD and bfloat16. MLA has (query) heads h and query tokens
+sq instead. Peers' figures have the same keys.
 
 `GROUPS` names what is measured together; a row may stand in several. `GRID` is all of them, each row once.
 """
@@ -22,11 +23,31 @@ MB = 10**6
 MIB = 1 << 20
 ITEMSIZE = 2  # bfloat16 and float16
 FIXED_SPLIT_SIZE = 2048  # tokens, where the batch-invariant mode is timed
+CKV_DIM, KPE_DIM = 512, 64  # of MLA, as DeepSeek has it
 _SUFFIX = {"bfloat16": "", "float16": " fp16"}
 
 
+class _Requests:
+    """What the steps over a paged cache have in common."""
+
+    lens: tuple[int, ...]
+    page_size: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.lens)
+
+    @property
+    def equal_lens(self) -> bool:
+        return len(set(self.lens)) == 1
+
+    @property
+    def num_pages(self) -> int:
+        return sum(math.ceil(n / self.page_size) for n in self.lens)
+
+
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(_Requests):
     """One decode step: a query token for each request over its paged cache.
 
     `lens_name` replaces `ctxN` in the key of a ragged batch; an equal batch leaves it empty. `name` replaces
@@ -53,16 +74,8 @@ class DecodeConfig:
         return f"b{self.batch} {name} {heads} d{self.head_dim} p{self.page_size}{layout}{_SUFFIX[self.dtype]}"
 
     @property
-    def batch(self) -> int:
-        return len(self.lens)
-
-    @property
     def group_size(self) -> int:
         return self.num_qo_heads // self.num_kv_heads
-
-    @property
-    def equal_lens(self) -> bool:
-        return len(set(self.lens)) == 1
 
     @property
     def page_shape(self) -> tuple[int, int, int]:
@@ -70,10 +83,6 @@ class DecodeConfig:
         if self.layout == "NHD":
             return self.page_size, self.num_kv_heads, self.head_dim
         return self.num_kv_heads, self.page_size, self.head_dim
-
-    @property
-    def num_pages(self) -> int:
-        return sum(math.ceil(n / self.page_size) for n in self.lens)
 
     @property
     def cache_elements(self) -> int:
@@ -95,6 +104,53 @@ class DecodeConfig:
     def flops(self) -> int:
         """A multiply and an add per element of K for q.k, and as much of V for the weighted sum."""
         return 4 * sum(self.lens) * self.num_qo_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class MLAConfig(_Requests):
+    """One MLA decode step: each request's `num_query_tokens` newest tokens (causal) over its latent rows.
+
+    `lens` counts those tokens too. `lens_name` is as for `DecodeConfig`.
+    """
+
+    lens: tuple[int, ...]
+    num_heads: int
+    num_query_tokens: int = 1
+    page_size: int = 64
+    dtype: str = "bfloat16"
+    lens_name: str = ""
+
+    @property
+    def key(self) -> str:
+        name = self.lens_name or f"ctx{self.lens[0]}"
+        shape = f"h{self.num_heads} sq{self.num_query_tokens} p{self.page_size}"
+        return f"b{self.batch} {name} {shape}{_SUFFIX[self.dtype]}"
+
+    @property
+    def num_rows(self) -> int:
+        """Query rows of a request: all read the same keys."""
+        return self.num_heads * self.num_query_tokens
+
+    @property
+    def cache_elements(self) -> int:
+        """Numbers in whole pages: what must be allocated."""
+        return self.num_pages * self.page_size * (CKV_DIM + KPE_DIM)
+
+    @property
+    def num_bytes(self) -> int:
+        """Latent rows (of tokens in use) and q read once, out written once; no page table, as for decode."""
+        q_and_out = self.batch * self.num_rows * (2 * CKV_DIM + KPE_DIM)
+        return (sum(self.lens) * (CKV_DIM + KPE_DIM) + q_and_out) * ITEMSIZE
+
+    @property
+    def flops(self) -> int:
+        """A multiply and an add per number of a key for q.k, and of ckv again for the weighted sum.
+
+        Token t of a request's sq sees all keys but the sq - 1 - t that come after it.
+        """
+        sq = self.num_query_tokens
+        pairs = sum(sq * n - sq * (sq - 1) // 2 for n in self.lens)
+        return 2 * self.num_heads * pairs * (2 * CKV_DIM + KPE_DIM)
 
 
 @dataclass(frozen=True)
@@ -298,18 +354,38 @@ def _invariant_rows() -> list[DecodeConfig]:
     return [*equal_rows, ragged("lognormal2048", lognormal_lens(64, 2048), 32, 8)]
 
 
-Config = DecodeConfig | MergeConfig | AppendConfig
+def mla(batch: int, ctx: int, heads: int, num_query_tokens: int = 1, page_size: int = 64) -> MLAConfig:
+    return MLAConfig((ctx,) * batch, heads, num_query_tokens, page_size)
+
+
+def _mla_rows() -> list[MLAConfig]:
+    """Rows with earlier figures of peers, twins of page size 1, and one long request among short ones.
+
+    16, 64 and 128 heads are DeepSeek-V3's on 8, 2 and 1 GPUs.
+    """
+    shapes = [(1, 4096), (1, 65536), (32, 4096), (128, 4096), (128, 8192)]
+    rows = [mla(b, n, heads) for heads in (16, 64, 128) for b, n in shapes]
+    rows += [mla(32, 8192, 128, num_query_tokens=2), mla(8, 8192, 16)]
+    twins = [(1, 65536, 16), (8, 8192, 16), (32, 4096, 64), (128, 4096, 16), (128, 4096, 128)]
+    rows += [mla(*shape, page_size=1) for shape in twins]
+    one_long = (1024,) * 7 + (32768,) + (1024,) * 8
+    return [*rows, MLAConfig(one_long, 128, lens_name="32768+15x1024")]
+
+
+Config = DecodeConfig | MLAConfig | MergeConfig | AppendConfig
 GROUPS: dict[str, tuple[Config, ...]] = {
     "decode": tuple(dict.fromkeys(_earlier_rows() + _shape_rows() + _twin_rows() + _ragged_rows())),
     "xformers": tuple(_xformers_rows()),
     "trace": tuple(_trace_rows()),
     "heads": tuple(_heads_rows()),
     "invariant": tuple(_invariant_rows()),
+    "mla": tuple(_mla_rows()),
     "merge": (MergeConfig(2, 64, 32), MergeConfig(8, 256, 32), MergeConfig(2, 128, 128, head_dim=512)),
     "append": (AppendConfig(64, 1, 8), AppendConfig(64, 1, 8, rope=True), AppendConfig(64, 64, 8, rope=True)),
 }
 GRID: tuple[Config, ...] = tuple(dict.fromkeys(config for group in GROUPS.values() for config in group))
 DECODE_GRID = tuple(config for config in GRID if isinstance(config, DecodeConfig))
+MLA_GRID = tuple(config for config in GRID if isinstance(config, MLAConfig))
 
 # A minute's look: one row for each rule that is judged, and one of every kind of input.
 QUICK_KEYS = frozenset({
@@ -326,6 +402,11 @@ QUICK_KEYS = frozenset({
     "b8 ctx8192 16q/8kv d256 p16",
     "b16 65536+15x256 32q/8kv d128 p16",
     "azure_llm_conv_202@100 b32 8q/1kv sum42k uniq42k",
+    "b32 ctx4096 h64 sq1 p64",
+    "b32 ctx4096 h64 sq1 p1",
+    "b32 ctx4096 h128 sq1 p64",
+    "b32 ctx8192 h128 sq2 p64",
+    "b16 32768+15x1024 h128 sq1 p64",
     "merge n8 b256 32h d128",
     "append b64 t1 8kv d128 p16 rope",
 })  # fmt: skip

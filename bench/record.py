@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (tests, bench, gemma):
         command.add_argument("--output", type=Path, help="default: a file under bench/results/")
     bench.add_argument("--group", choices=configs.GROUPS, help="the rows of one group")
-    bench.add_argument("--quick", action="store_true", help="some fifteen rows")
+    bench.add_argument("--quick", action="store_true", help="some twenty rows")
     bench.add_argument("--only", metavar="S", help="rows whose key contains S")
     bench.add_argument("--seed", type=int, help="of the inputs; default: a new one, which the record names")
     bench.add_argument("--no-peers", action="store_true")

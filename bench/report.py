@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # run as a file, Python sees bench/ only
 
 from bench import rules, timing  # noqa: E402
-from bench.configs import FIXED_SPLIT_SIZE, GROUPS, DecodeConfig  # noqa: E402
+from bench.configs import DECODE_GRID, FIXED_SPLIT_SIZE, GROUPS, MLA_GRID, DecodeConfig  # noqa: E402
 from bench.rules import RESULTS, Peer, Record  # noqa: E402
 
 _STYLE = {  # name: (label, marker, colour)
@@ -31,14 +31,16 @@ _STYLE = {  # name: (label, marker, colour)
     "xqa": ("TRT-LLM XQA", "2", "#cc79a7"),
     "xformers": ("xformers", "3", "#e69f00"),
 }
+_MLA_KEYS = {config.key for config in MLA_GRID}  # that may be bound by operations
 _TIMES = {"cold us": "cold_us", "PDL us": "pdl_us", "warm us": "warm_us", "eager us": "eager_us"}
 
 _LEGEND = """\
-*floor* is the bytes that a step must move over the roof of this run; *cold* the whole call in a CUDA graph that rotates
-over inputs larger than the L2 cache, which is what all rules judge; *PDL* the same with `pdl=True` (programmatic
-dependent launch, for callers whose kernel ahead does not write lengths and tables: a launch may begin before that one
-has ended, so a part of its latency is hidden behind work that is not its own); *warm* a graph over one input; *eager* a
-Python loop, wall clock. The columns from *must* on hold a row's value for each rule: **bold** is missed, plain is met,
+*floor* is the bytes that a step must move over the roof of this run, or its operations over the rate of the matrix
+product where that is more (MLA of many query rows); *cold* the whole call in a CUDA graph that rotates over inputs
+larger than the L2 cache, which is what all rules judge; *PDL* the same with `pdl=True` (programmatic dependent launch,
+for callers whose kernel ahead does not write lengths and tables: a launch may begin before that one has ended, so a
+part of its latency is hidden behind work that is not its own); *warm* a graph over one input; *eager* a Python loop,
+wall clock. The columns from *must* on hold a row's value for each rule: **bold** is missed, plain is met,
 empty is a row of which the rule does not speak. *paged* is judged by its mean only. Rules are stated for head_dim 64,
 128 and 256 and groups of 1, 4, 7, 8 and 16; rows outside are judged too."""
 
@@ -48,6 +50,7 @@ _GROUP_TEXT = {
     "trace": "Moments of request traces: the lengths of a running batch, every request with pages of its own",
     "heads": "Query heads per KV head (rows that are not above)",
     "invariant": "Rows that are timed in the batch-invariant mode too (and are not above)",
+    "mla": "Multi-head latent attention: heads (h), query tokens a request (sq), page size (p)",
     "merge": "Merging states",
     "append": "Appending to the cache",
     "": "Other rows",
@@ -67,8 +70,8 @@ def _peer(peer: Peer | None) -> str:
     return f"{peer.us:.1f} {peer.name}{'' if peer.same_run else ' *'}" if peer else ""
 
 
-def _sdpa(peers: Iterable[Peer]) -> str:
-    found = [peer for peer in peers if peer.name == "torch-sdpa"]  # the same run's is the last
+def _named(name: str, peers: Iterable[Peer]) -> str:
+    found = [peer for peer in peers if peer.name == name]  # the same run's is the last
     return f"{found[-1].us:.1f}{'' if found[-1].same_run else ' *'}" if found else ""
 
 
@@ -92,7 +95,9 @@ def _cells(
         **{title: f"{row[name]:.1f}" if name in row else "" for title, name in _TIMES.items()},
         "GB/s": f"{row['gbs']:.0f}",
         "of roof": f"{row['of_roof']:.0%}",
-        "SDPA us": _sdpa(peers),
+        "TFLOP/s": f"{row['flops'] / row['cold_us'] * 1e-6:.0f}" if row["key"] in _MLA_KEYS else "",
+        "SDPA us": _named("torch-sdpa", peers),
+        "FlashMLA us": _named("flashmla", peers),
         "best paged peer us": _peer(rules.fastest(peers, paged=True)),
         **{rule.name: _verdict(judged.get(rule.name)) for rule in rules.RULES},
     }
@@ -200,7 +205,7 @@ def markdown(record: Record) -> str:
 
 
 def plot(record: Record, paths: Sequence[Path]) -> None:
-    """Achieved bandwidth over bytes, decode rows only; what is not bandwidth is latency or computation."""
+    """Achieved bandwidth over bytes, of decode (MLA left out); what is not bandwidth is latency."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,7 +213,8 @@ def plot(record: Record, paths: Sequence[Path]) -> None:
     from matplotlib import pyplot
 
     peers = peers_by_row(record)
-    rows = [row for row in timed_rows(record) if not row["key"].startswith(("merge", "append"))]
+    keys = {config.key for config in DECODE_GRID}
+    rows = [row for row in timed_rows(record) if row["key"] in keys]
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in _STYLE}
     for row in rows:
         points["ours"].append((row["num_bytes"], row["gbs"]))

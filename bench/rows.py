@@ -8,7 +8,7 @@ and poisoned whatever an array package makes of bfloat16.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,13 +19,16 @@ import numpy as np
 import cupyattn
 from bench import peers, timing
 from bench.configs import (
+    CKV_DIM,
     FIXED_SPLIT_SIZE,
     GROUPS,
     HOST_KEY,
+    KPE_DIM,
     AppendConfig,
     Config,
     DecodeConfig,
     MergeConfig,
+    MLAConfig,
 )
 from bench.timing import Problem, Roof, num_sets
 from cupyattn import reference
@@ -36,6 +39,8 @@ _EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00}  # all ones: NaN or infinity
 # Limits of ||out - ref|| / ||ref||, and of |out - ref| <= tol + tol * |ref| element by element.
 _RELATIVE = {"bfloat16": 5e-3, "float16": 1e-3}
 _ELEMENTWISE = {"bfloat16": 1e-2, "float16": 1e-3}
+_MLA_RELATIVE = {"bfloat16": 3e-3, "float16": 1e-3}
+MLA_SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions a head before folding
 
 
 def require(condition: Any, message: str) -> None:
@@ -51,14 +56,14 @@ def to_float64(bits: Any, dtype: str) -> Any:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
 
 
-def errors(out: Any, ref: Any, dtype: str) -> dict[str, float]:
+def errors(out: Any, ref: Any, dtype: str, limits: Mapping[str, float] = _RELATIVE) -> dict[str, float]:
     """Relative and largest absolute error of float64 arrays; AssertionError beyond the limits or at a NaN."""
     difference = abs(out - ref)
     relative = float((difference**2).sum() ** 0.5 / (ref**2).sum() ** 0.5)
     tolerance = _ELEMENTWISE[dtype]
     require(
-        relative <= _RELATIVE[dtype],
-        f"||out - ref|| / ||ref|| = {relative:.2e}, limit {_RELATIVE[dtype]:.0e}",
+        relative <= limits[dtype],
+        f"||out - ref|| / ||ref|| = {relative:.2e}, limit {limits[dtype]:.0e}",
     )
     require(
         (difference <= tolerance + tolerance * abs(ref)).all(), f"an element is off by more than {tolerance}"
@@ -78,6 +83,19 @@ def require_written(out_bits: Any, dtype: str) -> None:
     require(
         ((out_bits & exponent) != exponent).all(), "an output element is NaN, infinite or was never written"
     )
+
+
+def attention(q: Any, k: Any, v: Any, sm_scale: float) -> Any:
+    """Of float64 q [rows, dims] over k [keys, dims] and v [keys, ...]: the definition."""
+    logits = q @ k.T * sm_scale
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights @ v / weights.sum(axis=1, keepdims=True)
+
+
+def chosen_requests(config: DecodeConfig | MLAConfig) -> set[int]:
+    """Those that are checked: the first, the last, the shortest and the longest."""
+    lens = np.array(config.lens)
+    return {0, config.batch - 1, int(lens.argmin()), int(lens.argmax())}
 
 
 @dataclass(frozen=True)
@@ -110,13 +128,11 @@ class DecodeInputs:
     def check(self, out_bits: Callable[[int], Any]) -> dict[str, float]:
         """Compares `out_bits(set)` of the first and last set with float64, for some requests and KV heads."""
         config = self.config
-        lens = np.array(config.lens)
-        requests = {0, config.batch - 1, int(lens.argmin()), int(lens.argmax())}
         found = []
         for one in {0, self.num_sets - 1}:
             out = out_bits(one)
             require_written(out, config.dtype)
-            for request in requests:
+            for request in chosen_requests(config):
                 for head in {0, config.num_kv_heads - 1}:
                     rows = slice(head * config.group_size, (head + 1) * config.group_size)
                     ref = self._reference(one, request, head, self.q_bits[one, request, rows])
@@ -133,9 +149,8 @@ class DecodeInputs:
             gathered = of_head.take(type_as(of_head, pages), axis=0).reshape(-1, config.head_dim)
             return to_float64(gathered[: config.lens[request]], config.dtype)
 
-        logits = to_float64(q_bits, config.dtype) @ tokens(self.k_bits).T * config.head_dim**-0.5
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights @ tokens(self.v_bits) / weights.sum(axis=1, keepdims=True)
+        q = to_float64(q_bits, config.dtype)
+        return attention(q, tokens(self.k_bits), tokens(self.v_bits), config.head_dim**-0.5)
 
 
 def type_as(like: Any, host: np.ndarray) -> Any:
@@ -157,7 +172,7 @@ class Pool:
 
     def _elements(self, config: Config) -> int:
         sets = num_sets(config.num_bytes, self.l2_bytes)
-        if isinstance(config, DecodeConfig):
+        if isinstance(config, DecodeConfig | MLAConfig):
             return sets * config.cache_elements
         if isinstance(config, MergeConfig):
             return sets * config.num_states * config.state_elements
@@ -193,31 +208,41 @@ class Pool:
         rng = np.random.default_rng(self.seed)
         return rng.permuted(np.tile(np.arange(n, dtype=np.int32), (count, 1)), axis=1)
 
+    def _num_sets(self, config: DecodeConfig | MLAConfig) -> int:
+        sets = num_sets(config.num_bytes, self.l2_bytes)
+        if sets == 2 and 2 * config.cache_elements > self.k_bits.size:
+            return 1  # the largest rows: one set is already several times the L2
+        return sets
+
+    def _tables(
+        self, config: DecodeConfig | MLAConfig, sets: int
+    ) -> tuple[np.ndarray, np.ndarray, list[cupyattn.PageTable]]:
+        """`indptr` and `indices` of `DecodeInputs`, and a table of its own for every set, so that a cold launch
+        finds those in HBM too."""
+        indptr = np.cumsum([0, *(math.ceil(n / config.page_size) for n in config.lens)], dtype=np.int32)
+        indices = self._permutations(sets, config.num_pages)
+        lens = np.array(config.lens, np.int32)
+        tables = [self.xp.asarray(x) for x in (np.tile(indptr, (sets, 1)), indices, np.tile(lens, (sets, 1)))]
+        return indptr, indices, [cupyattn.PageTable(*(x[i] for x in tables)) for i in range(sets)]
+
     def problem(self, config: Config) -> tuple[Problem, DecodeInputs | None]:
         """The row's problem, and where peers can take part the inputs they shall read."""
         if isinstance(config, DecodeConfig):
             return self.decode(config)
+        if isinstance(config, MLAConfig):
+            return self.mla(config), None
         return (self.merge(config) if isinstance(config, MergeConfig) else self.append(config)), None
 
     def decode(self, config: DecodeConfig) -> tuple[Problem, DecodeInputs]:
         xp, dtype = self.xp, _DTYPES[config.dtype]
-        sets = num_sets(config.num_bytes, self.l2_bytes)
-        if sets == 2 and 2 * config.cache_elements > self.k_bits.size:
-            sets = 1  # the largest rows: one set is already several times the L2
+        sets = self._num_sets(config)
         k_bits, v_bits = self._cut((sets, config.num_pages, *config.page_shape), config.dtype)
         q_bits = self._new((sets, config.batch, config.num_qo_heads, config.head_dim), config.dtype)
         out_bits = xp.empty_like(q_bits)
-        num_pages = [math.ceil(n / config.page_size) for n in config.lens]
-        indptr = np.cumsum([0, *num_pages], dtype=np.int32)
-        indices = self._permutations(sets, config.num_pages)
+        indptr, indices, pages = self._tables(config, sets)
         inputs = DecodeInputs(config, q_bits, k_bits, v_bits, indptr, indices)
-
-        # Every set has its own tables, so that a cold launch finds those in HBM too.
-        lens = np.array(config.lens, np.int32)
-        tables = [xp.asarray(x) for x in (np.tile(indptr, (sets, 1)), indices, np.tile(lens, (sets, 1)))]
         q, out, k, v = (x.view(dtype) for x in (q_bits, out_bits, k_bits, v_bits))
         caches = [cupyattn.PagedKVCache(k[i], v[i], layout=config.layout) for i in range(sets)]
-        pages = [cupyattn.PageTable(*(x[i] for x in tables)) for i in range(sets)]
         launches = [
             partial(cupyattn.decode, q[i], caches[i], pages[i], sm_scale=config.head_dim**-0.5, out=out[i],
                     workspace=self.workspace)
@@ -242,6 +267,51 @@ class Pool:
             variants=variants,
         )
         return problem, inputs
+
+    def mla(self, config: MLAConfig) -> Problem:
+        xp, dtype, sq = self.xp, _DTYPES[config.dtype], config.num_query_tokens
+        sets = self._num_sets(config)
+        row_dim = CKV_DIM + KPE_DIM
+        rows_bits, _ = self._cut((sets, config.num_pages, config.page_size, row_dim), config.dtype)
+        q_bits = self._new((sets, config.batch * sq, config.num_heads, row_dim), config.dtype)
+        out_bits = xp.empty((*q_bits.shape[:3], CKV_DIM), np.uint16)
+        indptr, indices, pages = self._tables(config, sets)
+        qo_indptr = [None] * sets
+        if sq > 1:
+            offsets = sq * np.arange(config.batch + 1, dtype=np.int32)
+            qo_indptr = list(xp.asarray(np.tile(offsets, (sets, 1))))
+        q, out, rows = (x.view(dtype) for x in (q_bits, out_bits, rows_bits))
+        launches = [
+            partial(cupyattn.mla_decode, q[i], cupyattn.PagedMLACache.from_concatenated(rows[i]), pages[i],
+                    sm_scale=MLA_SM_SCALE, qo_indptr=qo_indptr[i], out=out[i], workspace=self.workspace)
+            for i in range(sets)
+        ]  # fmt: skip
+
+        def check() -> dict[str, float]:
+            found = []
+            for one in {0, sets - 1}:
+                require_written(out_bits[one], config.dtype)
+                for request in chosen_requests(config):
+                    ids = type_as(rows_bits, indices[one, indptr[request] : indptr[request + 1]])
+                    gathered = rows_bits[one].take(ids, axis=0).reshape(-1, row_dim)
+                    keys = to_float64(gathered[: config.lens[request]], config.dtype)
+                    for i in range(sq):
+                        token, seen = request * sq + i, keys[: config.lens[request] - (sq - 1 - i)]
+                        query = to_float64(q_bits[one, token], config.dtype)
+                        ref = attention(query, seen, seen[:, :CKV_DIM], MLA_SM_SCALE)
+                        result = to_float64(out_bits[one, token], config.dtype)
+                        found.append(errors(result, ref, config.dtype, _MLA_RELATIVE))
+            return worst(found)
+
+        return Problem(
+            key=config.key,
+            num_bytes=config.num_bytes,
+            flops=config.flops,
+            launches=launches,
+            poison=lambda: out_bits.fill(NAN_BITS),
+            check=check,
+            variants={"pdl_us": [partial(launch, pdl=True) for launch in launches]},
+        )
 
     def merge(self, config: MergeConfig) -> Problem:
         xp, dtype = self.xp, _DTYPES[config.dtype]

@@ -1,7 +1,8 @@
 """The rules that speed is held to, and what a record says to each of them.
 
 A rule reads one number from a row, or None where it does not speak of such rows, and compares it with its limit.
-All of it is computed from what a record holds (times, bytes and the roof of its run) and from the peers' times.
+All of it is computed from what a record holds (times, bytes, operations and the roofs of its run) and from the
+peers' times.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from bench import timing
-from bench.configs import DECODE_GRID, MB, DecodeConfig, is_large, is_latency
+from bench.configs import DECODE_GRID, MB, MLA_GRID, DecodeConfig, MLAConfig, is_large, is_latency
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Record = dict[str, Any]
@@ -49,11 +51,11 @@ def fastest(peers: Iterable[Peer], paged: bool = False) -> Peer | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A decode row that was timed, with all that a rule may look at."""
+    """A decode row that was timed, MLA or not, with all that a rule may look at."""
 
     row: Record
-    config: DecodeConfig
-    roof_gbs: float
+    config: Any  # of the class that the rule speaks of
+    roof: timing.Roof
     peers: tuple[Peer, ...]
     run: Mapping[str, Record]  # the rows of the same run by key
 
@@ -63,7 +65,7 @@ class Case:
 
     @property
     def floor_us(self) -> float:
-        return self.config.num_bytes / self.roof_gbs * 1e-3
+        return self.roof.floor_us(self.config.num_bytes, self.config.flops)
 
     @property
     def of_roof(self) -> float:
@@ -73,6 +75,11 @@ class Case:
         peer = fastest(self.peers, paged)
         return self.us / peer.us if peer else None
 
+    def over(self, name: str) -> float | None:
+        """Time over that of one peer."""
+        found = fastest(peer for peer in self.peers if peer.name == name)
+        return self.us / found.us if found else None
+
     def over_sdpa(self) -> float | None:
         """Beside torch SDPA of the same run only."""
         found = [peer.us for peer in self.peers if peer.name == "torch-sdpa" and peer.same_run]
@@ -80,18 +87,18 @@ class Case:
 
     def over_twin(self, applies: bool, **changes: Any) -> float | None:
         """Time over that of the row that differs in `changes` alone, if this run has it."""
-        twin = (
-            self.run.get(replace(self.config, **changes).key, {}) if applies and not self.config.name else {}
-        )
+        key = replace(self.config, **changes).key
+        twin = self.run.get(key, {}) if applies and key != self.config.key else {}
         return self.us / twin["cold_us"] if "cold_us" in twin else None
 
 
 def cases(record: Record) -> list[Case]:
-    by_key = {config.key: config for config in DECODE_GRID}
+    by_key = {config.key: config for config in (*DECODE_GRID, *MLA_GRID)}
     earlier = earlier_peers(timing.device_slug(record["device"]))
+    roof = timing.Roof(record["read_roof_gbs"], record["matmul_tflops"])
     run = {row["key"]: row for row in record["rows"]}
     return [
-        Case(row, by_key[key], record["read_roof_gbs"], peers_of(row, earlier), run)
+        Case(row, by_key[key], roof, peers_of(row, earlier), run)
         for key, row in run.items()
         if key in by_key and "cold_us" in row
     ]
@@ -101,7 +108,8 @@ def cases(record: Record) -> list[Case]:
 class Rule:
     """A row meets a rule whose `value` is at most its limit (`at_least`: at least).
 
-    The limit of a `mean` rule is for the geometric mean over the rows, and no single row is judged by it.
+    It speaks of rows whose configuration is of the class `of`. The limit of a `mean` rule is for the geometric mean
+    over the rows, and no single row is judged by it.
     """
 
     name: str
@@ -110,13 +118,16 @@ class Rule:
     value: Callable[[Case], float | None]
     at_least: bool = False
     mean: bool = False
+    of: type | UnionType = DecodeConfig
+
+    def read(self, case: Case) -> float | None:
+        return self.value(case) if isinstance(case.config, self.of) else None
 
     def meets(self, value: float) -> bool:
         return value >= self.limit if self.at_least else value <= self.limit
 
 
-def _paged_speedup(case: Case) -> float | None:
-    ratio = case.over_peer(paged=True)
+def _speedup(ratio: float | None) -> float | None:
     return 1 / ratio if ratio else None
 
 
@@ -124,13 +135,40 @@ def _ragged_of_roof(case: Case) -> float | None:
     return case.of_roof if not case.config.equal_lens and case.config.kv_bytes >= 256 * MB else None
 
 
-# The floor is bytes / roof, both of the same run.
+def _few_rows(factor: float, us: float) -> Callable[[Case], float | None]:
+    """Time over `factor` floor + `us`, of MLA with up to 64 query rows a request."""
+    return lambda c: c.us / (factor * c.floor_us + us) if c.config.num_rows <= 64 else None
+
+
+def _many_rows(over: Callable[[Case], float | None]) -> Callable[[Case], float | None]:
+    """A peer's time over ours (the inverse of `over`), of MLA from 128 query rows a request on."""
+    return lambda c: _speedup(over(c)) if c.config.num_rows >= 128 else None
+
+
+def _over_flashmla(case: Case) -> float | None:
+    return case.over("flashmla")
+
+
+# The floor is bytes / roof, or operations / matrix rate where that is more (MLA of many rows); all of the same run.
 RULES = (
     Rule("must", "time / (1.06 floor + 5 us)", 1.0, lambda c: c.us / (1.06 * c.floor_us + 5)),
     Rule("goal", "time / (1.03 floor + 3.5 us)", 1.0, lambda c: c.us / (1.03 * c.floor_us + 3.5)),
-    Rule("peer", "time / that of the fastest peer, dense SDPA included", 1.0, lambda c: c.over_peer()),
+    Rule(
+        "peer",
+        "time / that of the fastest peer, dense SDPA included",
+        1.0,
+        lambda c: c.over_peer(),
+        of=DecodeConfig | MLAConfig,
+    ),
     Rule("SDPA", "time / torch SDPA's in the same run", 1.0, lambda c: c.over_sdpa()),
-    Rule("paged", "time of the best paged peer / ours, geometric mean", 1.2, _paged_speedup, True, mean=True),
+    Rule(
+        "paged",
+        "time of the best paged peer / ours, geometric mean",
+        1.2,
+        lambda c: _speedup(c.over_peer(paged=True)),
+        at_least=True,
+        mean=True,
+    ),
     Rule(
         "p1/p64",
         "time with page size 1 / with 64",
@@ -142,8 +180,52 @@ RULES = (
     ),
     Rule("ragged", "share of the roof, ragged, from 256 MB on", 0.92, _ragged_of_roof, at_least=True),
     Rule("host", "host us of a call", 12.0, lambda c: c.row.get("host_us")),
+    Rule(
+        "MLA must", "time / (1.05 floor + 7 us), up to 64 query rows", 1.0, _few_rows(1.05, 7), of=MLAConfig
+    ),
+    Rule(
+        "MLA goal", "time / (1.03 floor + 4 us), up to 64 query rows", 1.0, _few_rows(1.03, 4), of=MLAConfig
+    ),
+    Rule(
+        "FlashMLA",
+        "rate / FlashMLA's, from 128 query rows on",
+        1.0,
+        _many_rows(_over_flashmla),
+        at_least=True,
+        of=MLAConfig,
+    ),
+    Rule(
+        "FlashMLA goal",
+        "rate / FlashMLA's, from 128 query rows on",
+        1.1,
+        _many_rows(_over_flashmla),
+        at_least=True,
+        of=MLAConfig,
+    ),
+    Rule(
+        "MLA b1-32",
+        "time of the best peer / ours, from 128 query rows on, batch up to 32",
+        1.2,
+        _many_rows(lambda c: c.over_peer() if c.config.batch <= 32 else None),
+        at_least=True,
+        of=MLAConfig,
+    ),
+    Rule(
+        "MLA p1/p64",
+        "time with page size 1 / with 64, MLA",
+        1.05,
+        lambda c: c.over_twin(c.config.page_size == 1, page_size=64),
+        of=MLAConfig,
+    ),
+    Rule(
+        "MLA skewed",
+        "us, MLA, one long request among short ones (FlashMLA 47.7, FlashInfer 62)",
+        45.0,
+        lambda c: None if c.config.equal_lens else c.us,
+        of=MLAConfig,
+    ),
 )
-PDL_RULES = ("must", "goal")  # what the PDL time is held against too
+PDL_RULES = ("must", "goal", "MLA must", "MLA goal")  # what the PDL time is held against too
 
 
 def _large(group_size: int) -> Callable[[Case], float | None]:
@@ -167,7 +249,7 @@ FOUNDATION = (
 
 def judged(case: Case) -> dict[str, tuple[float, bool | None]]:
     """{rule: (value, whether it is met)} of the rules that speak of this row; None for those of a mean."""
-    values = {rule: rule.value(case) for rule in RULES}
+    values = {rule: rule.read(case) for rule in RULES}
     return {
         rule.name: (value, None if rule.mean else rule.meets(value))
         for rule, value in values.items()
@@ -177,7 +259,7 @@ def judged(case: Case) -> dict[str, tuple[float, bool | None]]:
 
 def verdict(rule: Rule, found: Iterable[Case]) -> Record:
     """How many rows meet the rule, and the worst one. `ok` is None where the rule speaks of no row."""
-    values = [(value, case.row["key"]) for case in found if (value := rule.value(case)) is not None]
+    values = [(value, case.row["key"]) for case in found if (value := rule.read(case)) is not None]
     values.sort(reverse=not rule.at_least)  # the worst first
     result = {
         "rule": rule.name,

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,90 @@ def run_decode() -> int:
     return count
 
 
+def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """(name, problem on the host, options) for `mla_decode`: short and long requests, as in `decode_problems`.
+
+    These are problems of `decode` whose keys and values are the same 576 numbers: `attend` gives 576 columns for
+    them, of which the first 512 are MLA's. 16 and 32 heads fill a tile of rows, 40 do not, 128 take several; with
+    `qo_lens` a tile may hold several tokens.
+    """
+    from problems import build_problem
+
+    from cupyattn import kernels
+
+    shapes = ((16, 16, None), (32, 64, [1, 1, 3, 0, 20]), (40, 1, None), (128, 64, [1, 1, 2, 0, 3]))
+    for dtype, (heads, page_size, qo_lens) in itertools.product(kernels.DECODE_DTYPES, shapes):
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "head_dim": 576,
+            "num_kv_heads": 1,
+            "group_size": heads,
+            "page_size": page_size,
+            "sm_scale": 192**-0.5,
+        }
+        problems = {
+            "short": build_problem(
+                [0, 1, 65, 130, 20], qo_lens=qo_lens, window_left=40, logits_soft_cap=20.0, **common
+            ),
+            "long": build_problem([4500], dense=True, **common),
+        }
+        for mode, (length, problem) in itertools.product(({}, {"fixed_split_size": 64}), problems.items()):
+            fixed = " fixed" if mode else ""
+            keys_as_values = problem.replace(bases=problem.bases[:1] * 2)
+            yield f"{dtype} heads={heads} p{page_size} {length}{fixed}", keys_as_values, mode
+
+
+def run_mla() -> int:
+    from device import attend, misses
+    from problems import to_backend
+
+    import cupyattn
+
+    count = 0
+    for name, problem, mode in mla_problems():
+        there = to_backend(problem, _cupy())
+        cache = cupyattn.PagedMLACache.from_concatenated(there.bases[0][:, :, 0])
+        out, lse = cupyattn.mla_decode(there.q, cache, there.pages, return_lse=True, **there.options, **mode)
+        wanted, wanted_lse = attend(problem)
+        wrong = int(misses(out.get(), lse.get(), (wanted[..., :512], wanted_lse), problem.dtype, np))
+        if wrong:
+            raise SystemExit(f"mla_decode {name}: {wrong} wrong numbers")
+        count += 1
+    return count
+
+
+def run_mla_append() -> int:
+    from problems import DTYPES
+
+    import cupyattn
+    from cupyattn import PagedMLACache, PageTable, Rope
+
+    count = 0
+    for dtype, rope in itertools.product(("float16", "bfloat16"), (None, Rope(interleaved=True))):
+        rng = np.random.default_rng(count)
+        shapes = ((20, 4, 576), (11, 512), (11, 64), (11, 3, 64))  # cache, ckv, kpe, q_kpe
+        arrays = [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
+        tables = [
+            np.array(x, np.int32)
+            for x in ([0, 1, 1, 11, 16, 17], rng.permutation(20)[:17], [3, 0, 40, 17, 2])
+        ]
+        qo_indptr = np.array([0, 3, 3, 8, 9, 11], np.int32)
+        results = []
+        for xp in (_cupy(), np):  # NumPy: the specification
+            rows, ckv, kpe, q_kpe = (xp.array(x) for x in arrays)
+            cache = PagedMLACache.from_concatenated(rows)
+            q_kpe = cupyattn.mla_append(
+                ckv, kpe, cache, PageTable(*map(xp.asarray, tables)), qo_indptr=xp.asarray(qo_indptr), rope=rope,
+                q_kpe=q_kpe,
+            )  # fmt: skip
+            results.append((q_kpe, rows))
+        for actual, wanted in zip(*results, strict=True):
+            if not np.allclose(actual.get().astype("f4"), wanted.astype("f4"), rtol=1e-2, atol=1e-2):
+                raise SystemExit(f"mla_append {dtype} {rope}: wrong")
+        count += 1
+    return count
+
+
 def run_append() -> int:
     from problems import build_problem, to_backend
 
@@ -155,7 +239,14 @@ def _cupy() -> Any:
 
 def run_grid() -> None:
     _cupy().cuda.set_allocator(None)  # no pool: an allocation an array
-    for name, run in (("decode", run_decode), ("append", run_append), ("merge_states", run_merge)):
+    runs: dict[str, Callable[[], int]] = {
+        "decode": run_decode,
+        "mla_decode": run_mla,
+        "append": run_append,
+        "mla_append": run_mla_append,
+        "merge_states": run_merge,
+    }
+    for name, run in runs.items():
         start = time.perf_counter()
         print(f"{name}: {run()} problems right, {time.perf_counter() - start:.1f} s", flush=True)
     _cupy().cuda.Device().synchronize()

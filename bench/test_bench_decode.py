@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bench import configs, timing
-from bench.configs import AppendConfig, Config, DecodeConfig, MergeConfig
+from bench.configs import AppendConfig, Config, DecodeConfig, MergeConfig, MLAConfig
 from bench.rows import Bench, Pool
 
 NUMPY_GRID: tuple[Config, ...] = (
@@ -23,6 +23,9 @@ NUMPY_GRID: tuple[Config, ...] = (
     configs.equal(8, 128, 32, 8, page_size=1, layout="HND", dtype="float16"),
     configs.equal(1, 512, 4, 1, head_dim=256),
     DecodeConfig((1, 700, 64, 33), 8, 2, lens_name="ragged"),
+    configs.mla(2, 256, 16),
+    MLAConfig((1, 300, 64), 8, num_query_tokens=1, page_size=1, dtype="float16", lens_name="ragged"),
+    configs.mla(1, 128, 16, num_query_tokens=2),
     MergeConfig(4, 8, 32),
     AppendConfig(8, 1, 8, rope=True),
 )

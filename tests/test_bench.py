@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bench import configs, record, report, rows, rules, timing
-from bench.configs import AppendConfig, DecodeConfig, MergeConfig
+from bench.configs import AppendConfig, DecodeConfig, MergeConfig, MLAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -25,9 +25,25 @@ SMALL = [
     configs.equal(2, 40, 8, 2, page_size=1, layout="HND", dtype="float16"),
     DecodeConfig((5, 33, 1, 16), 4, 1, head_dim=64, lens_name="ragged"),
     configs.equal(1, 8192, 8, 1),  # batch-invariant too
+    configs.mla(2, 40, 4),
+    MLAConfig((5, 33, 3, 16), 3, num_query_tokens=3, page_size=1, dtype="float16", lens_name="ragged"),
     MergeConfig(3, 2, 4),
     AppendConfig(3, 1, 2),
     AppendConfig(2, 5, 2, rope=True),
+]
+
+SKEWED = next(config for config in configs.MLA_GRID if not config.equal_lens)
+# (key, peer, cold us, GB/s, TFLOP/s) as the peers' bench gave them; `peers_h100.json` has the times.
+MLA_PEERS = [
+    ("b1 ctx4096 h16 sq1 p64", "flashinfer-fa3", 20.0, 238.2, 7.1),
+    ("b128 ctx8192 h16 sq1 p64", "flashinfer-fa3", 409.1, 2963.6, 89.2),
+    ("b1 ctx65536 h64 sq1 p64", "flashmla", 64.8, 1166.9, 140.8),
+    ("b32 ctx4096 h64 sq1 p64", "flashmla", 68.5, 2270.3, 266.6),
+    ("b128 ctx4096 h128 sq1 p64", "flashmla", 250.2, 2556.9, 583.8),
+    ("b32 ctx8192 h128 sq2 p64", "flashinfer-fa3", 236.2, 1354.0, 618.2),
+    ("b32 ctx8192 h128 sq2 p64", "flashmla", 225.8, 1416.1, 646.6),
+    ("b128 ctx4096 h16 sq1 p1", "flashinfer-fa3", 221.0, 2753.7, 82.6),
+    ("b128 ctx4096 h128 sq1 p1", "flashinfer-fa3", 286.6, 2232.0, 509.6),
 ]
 
 
@@ -44,6 +60,9 @@ def test_grid_keys_are_unique_and_stable() -> None:
     assert set(keys) >= configs.QUICK_KEYS
     assert configs.equal(8, 1024, 32, 8).key == "b8 ctx1024 32q/8kv d128 p16"
     assert configs.equal(1, 64, 4, 1, 256, 1, "HND", "float16").key == "b1 ctx64 4q/1kv d256 p1 HND fp16"
+    assert configs.mla(128, 4096, 16).key == "b128 ctx4096 h16 sq1 p64"
+    assert SKEWED.key == "b16 32768+15x1024 h128 sq1 p64"
+    assert MLAConfig((5,), 8, 2, 1, "float16", "one").key == "b1 one h8 sq2 p1 fp16"
     assert set(rules.earlier_peers("h100")) <= set(keys)
     assert configs.HOST_KEY in keys
 
@@ -57,6 +76,40 @@ def test_bytes_count_every_needed_byte_once() -> None:
     assert config.flops == 2 * 2 * 8 * 1000 * 32 * 128
     assert MergeConfig(2, 1, 1, head_dim=64).num_bytes == 3 * (64 * 2 + 4)
     assert AppendConfig(3, 2, 1, head_dim=64).num_bytes == 2 * 2 * (3 * 2 * 64 * 2)
+
+
+def test_mla_counts_bytes_and_operations() -> None:
+    config = configs.mla(4, 1000, 128, num_query_tokens=2)
+    assert config.num_rows == 256
+    assert config.num_bytes == 2 * (4 * 1000 * 576 + 4 * 2 * 128 * (576 + 512))
+    assert config.flops == 2 * 128 * (576 + 512) * 4 * (999 + 1000)  # causal
+    assert config.cache_elements == 4 * 16 * 64 * 576  # 1000 tokens take 16 pages of 64
+    assert sorted(SKEWED.lens) == [1024] * 15 + [32768]
+    assert SKEWED.num_bytes == 2 * (48128 * 576 + 16 * 128 * (576 + 512))
+
+
+@pytest.mark.parametrize(("key", "name", "us", "gbs", "tflops"), MLA_PEERS)
+def test_mla_peers_count_as_we_do(key: str, name: str, us: float, gbs: float, tflops: float) -> None:
+    """Their rates follow from our counts and their time; all have one decimal."""
+    (config,) = (config for config in configs.MLA_GRID if config.key == key)
+    assert rules.earlier_peers("h100")[key][name] == us
+    for count, rate in ((config.num_bytes * 1e-3, gbs), (config.flops * 1e-6, tflops)):
+        assert count / (us + 0.05) - 0.05 <= rate <= count / (us - 0.05) + 0.05
+
+
+def test_mla_grid_is_the_peers_and_twins() -> None:
+    keys = {config.key for config in configs.MLA_GRID}
+    peers = {key for key in rules.earlier_peers("h100") if " sq" in key}
+    assert len(peers) == 18
+    assert keys - peers == {
+        "b8 ctx8192 h16 sq1 p64",
+        "b8 ctx8192 h16 sq1 p1",
+        "b1 ctx65536 h16 sq1 p1",
+        "b32 ctx4096 h64 sq1 p1",
+        SKEWED.key,
+    }
+    assert configs.GROUPS["mla"] == configs.MLA_GRID
+    assert {c.page_size for c in configs.MLA_GRID} == {1, 64}
 
 
 def test_every_promise_has_rows() -> None:
@@ -78,13 +131,20 @@ def test_grid_spans_what_the_rules_speak_of() -> None:
     assert {min(c.lens[0] for c in grid), max(c.lens[0] for c in grid)} >= {256, 131072}
     spoken_of = synthetic_record([{**synthetic_row(config), "host_us": 1.0} for config in grid])
     ragged = [synthetic_row(config) for config in configs.DECODE_GRID if not config.equal_lens]
-    spoken_of["rows"] += ragged
+    spoken_of["rows"] += ragged + [synthetic_row(config) for config in configs.MLA_GRID]
     num_rows = {one["rule"]: one["num_rows"] for one in rules.verdicts(spoken_of)["rules"]}
     assert num_rows["must"] == num_rows["goal"] == len(configs.DECODE_GRID)
     assert num_rows["p1/p64"] >= 2
     assert num_rows["HND/NHD"] >= 2
     assert num_rows["ragged"] >= 4
-    assert num_rows["paged"] == len(rules.earlier_peers("h100"))
+    peers = set(rules.earlier_peers("h100"))
+    assert num_rows["paged"] == len(peers & {config.key for config in configs.DECODE_GRID})
+    assert num_rows["peer"] == len(peers)
+    assert num_rows["MLA must"] == num_rows["MLA goal"] == 15
+    assert num_rows["FlashMLA"] == num_rows["FlashMLA goal"] == 6
+    assert num_rows["MLA b1-32"] == 4
+    assert num_rows["MLA p1/p64"] == 5
+    assert num_rows["MLA skewed"] == 1
 
 
 def test_xformers_grid_is_theirs() -> None:
@@ -200,6 +260,36 @@ def test_check_sees_one_wrong_head() -> None:
     out = np.zeros((2, 8, 128), np.uint16)
     with pytest.raises(AssertionError, match=r"= 1\.00e\+00"):
         inputs.check(lambda _: out)
+
+
+def test_mla_check_sees_one_wrong_token_and_head() -> None:
+    config = configs.mla(2, 40, 4, num_query_tokens=3)
+    problem, _ = small_problem(config)
+    for launch in problem.launches:
+        launch()
+    limits = problem.check()
+    assert 0 < limits["rel_err"] < 3e-3
+    out = problem.launches[-1].keywords["out"]  # type: ignore[attr-defined]
+    for token, head in ((0, 0), (4, 3), (5, 1)):
+        right = out[token, head].copy()
+        out[token, head] *= np.float32(1.02).astype(out.dtype)
+        with pytest.raises(AssertionError, match=r"limit 3e-03"):
+            problem.check()
+        out[token, head] = right
+    assert problem.check() == limits
+
+
+def test_mla_reads_what_its_floor_counts() -> None:
+    config = configs.mla(2, 40, 4, page_size=16)
+    problem, inputs = small_problem(config)
+    assert inputs is None  # no peer is timed beside it yet
+    q, cache, pages = problem.launches[0].args  # type: ignore[attr-defined]
+    assert q.shape == (2, 4, 576)
+    assert cache.ckv_pages.strides == cache.kpe_pages.strides == (16 * 1152, 1152, 2)  # one array
+    assert cache.num_pages == len(pages.kv_indices) == 6
+    assert sorted(pages.kv_indices) == list(range(6))
+    assert not np.array_equal(pages.kv_indices, problem.launches[1].args[2].kv_indices)  # type: ignore[attr-defined]
+    assert set(problem.variants) == {"pdl_us"}
 
 
 def test_dense_inputs_are_the_same_memory() -> None:
@@ -548,6 +638,52 @@ def test_twins_and_ragged_rows() -> None:
     assert verdict([synthetic_row(configs.equal(64, 8192, 32, 8), 0.5)], "ragged")["ok"] is None
 
 
+def test_mla_rows_have_rules_of_their_own() -> None:
+    few, many = configs.mla(32, 4096, 64), configs.mla(128, 4096, 128)
+    floor_us = few.num_bytes / 3e6
+    must, goal = 1.05 * floor_us + 7, 1.03 * floor_us + 4
+    for us, met in ((goal - 0.01, (True, True)), (must - 0.01, (True, False)), (must + 0.01, (False, False))):
+        assert tuple(verdict([timed_row(few, us)], name)["ok"] for name in ("MLA must", "MLA goal")) == met
+    for name in ("must", "goal", "paged", "p1/p64", "ragged", "SDPA", "host"):
+        assert verdict([timed_row(few, 60.0), timed_row(many, 1.0)], name)["ok"] is None
+    assert verdict([timed_row(many, 400.0)], "MLA must")["ok"] is None
+    assert verdict([timed_row(few, 68.5)], "peer")["ok"] is True  # FlashMLA 68.5, FlashInfer 69.5
+    assert verdict([timed_row(few, 68.6)], "peer")["ok"] is False
+    with_pdl = [timed_row(few, must + 1, pdl_us=must - 1)]
+    assert (verdict(with_pdl, "MLA must")["num_met"], verdict(with_pdl, "MLA must")["num_met_pdl"]) == (0, 1)
+
+
+def test_mla_of_many_rows_is_held_to_flashmla_and_the_matrix_rate() -> None:
+    many, few_requests = configs.mla(128, 4096, 128), configs.mla(1, 4096, 128)
+    (case,) = rules.cases(synthetic_record([timed_row(many, 250.0)]))
+    assert many.flops / 800e6 < many.num_bytes / 3e6 == pytest.approx(case.floor_us)
+    two = configs.mla(32, 8192, 128, num_query_tokens=2)
+    (case,) = rules.cases(synthetic_record([timed_row(two, 200.0)]))
+    assert two.num_bytes / 3e6 < two.flops / 800e6 == pytest.approx(case.floor_us)
+    assert verdict([timed_row(many, 250.2)], "FlashMLA")["ok"] is True
+    assert verdict([timed_row(many, 250.3)], "FlashMLA")["ok"] is False
+    assert verdict([timed_row(many, 250.2 / 1.101)], "FlashMLA goal")["ok"] is True
+    assert verdict([timed_row(many, 250.2 / 1.099)], "FlashMLA goal")["ok"] is False
+    assert verdict([timed_row(many, 250.2)], "MLA b1-32")["ok"] is None
+    assert (
+        verdict([timed_row(few_requests, 19.7 / 1.21)], "MLA b1-32")["ok"] is True
+    )  # the fastest: FlashInfer
+    assert verdict([timed_row(few_requests, 19.7 / 1.19)], "MLA b1-32")["ok"] is False
+    paged = configs.mla(128, 4096, 128, page_size=1)
+    assert verdict([timed_row(paged, 250.0)], "FlashMLA")["ok"] is None  # it has no pages of 1
+
+
+def test_mla_twins_and_skewed_row() -> None:
+    page_1, page_64 = (configs.mla(32, 4096, 64, page_size=size) for size in (1, 64))
+    for us, ok in ((62.9, True), (63.1, False)):
+        assert verdict([timed_row(page_1, us), timed_row(page_64, 60.0)], "MLA p1/p64")["ok"] is ok
+    assert verdict([timed_row(SKEWED, 45.0), timed_row(page_64, 60.0)], "MLA skewed")["ok"] is True
+    assert verdict([timed_row(SKEWED, 45.1)], "MLA skewed")["ok"] is False
+    row = timed_row(SKEWED, 45.1)
+    record.judge(found := synthetic_record([row]))
+    assert found["rows"][0]["missed"] == ["MLA skewed"]
+
+
 def test_host_time_has_a_limit() -> None:
     config = configs.equal(1, 1024, 8, 1)
     assert verdict([timed_row(config, 5.0)], "host")["ok"] is None
@@ -669,6 +805,21 @@ def test_invariant_table_is_a_ratio() -> None:
     assert report.invariant_table(synthetic_record([timed_row(second, 90.0)])) == []
 
 
+def test_mla_table_stands_beside_the_peers() -> None:
+    found = synthetic_record([timed_row(configs.mla(32, 4096, 128), 60.0), timed_row(SKEWED, 44.0)])
+    text = report.markdown(found)
+    table = [part.splitlines() for part in text.split("\n\n") if part.startswith("| configuration")]
+    assert len(table) == 1
+    titles, _, first, skewed = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[0])
+    assert titles[titles.index("of roof") + 1 :] == [
+        "TFLOP/s", "FlashMLA us", "best paged peer us", "peer", "FlashMLA", "FlashMLA goal", "MLA b1-32", "MLA skewed",
+    ]  # fmt: skip
+    assert first[titles.index("TFLOP/s") :] == [
+        "608", "76.8 *", "76.8 flashmla *", "0.781", "1.280", "1.280", "1.280", "",
+    ]  # fmt: skip
+    assert skewed[-1] == "44.000"
+
+
 def test_every_group_is_reported() -> None:
     found = [timed_row(c, 9.0) if isinstance(c, DecodeConfig) else synthetic_row(c) for c in configs.GRID]
     text = report.markdown(synthetic_record(found))
@@ -689,6 +840,27 @@ def test_sanitizer_runs_every_instance_once() -> None:
     instances = {t for t in kernels._decode_instances("sm_90") if not t[-1]}
     assert plain == {(template, kind) for template in instances for kind in ("short", "long")}
     assert len(seen) == len(plain) + 2 * 2 * 3
+
+
+def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
+    from device import attend, misses
+
+    import cupyattn
+    from bench.sanitize import mla_problems
+
+    names = set()
+    heads = set()
+    for name, problem, mode in mla_problems():
+        names.add(name)
+        heads.add(problem.q.shape[1])
+        if mode or problem.dtype != "bfloat16":
+            continue  # NumPy has one path
+        cache = cupyattn.PagedMLACache.from_concatenated(problem.bases[0][:, :, 0])
+        out, lse = cupyattn.mla_decode(problem.q, cache, problem.pages, return_lse=True, **problem.options)
+        wanted, wanted_lse = attend(problem)
+        assert not misses(out, lse, (wanted[..., :512], wanted_lse), problem.dtype, np), name
+    assert heads == {16, 32, 40, 128}
+    assert len(names) == 2 * 4 * 2 * 2
 
 
 def test_sanitizer_findings_are_counted_by_kernel() -> None:
