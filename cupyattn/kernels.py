@@ -170,16 +170,38 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class MLASm90Config:
-    """The one shape of the kernel of mla_sm90.cu."""
+    """A shape of the kernel of mla_sm90.cu, by the query rows of a tile."""
 
+    tile_q: int
     num_threads: int = 384
-    tile_q: int = 64
     tile_kv: int = 64
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA: one tile of queries, two of keys, up to 1 KiB to align them."""
         return 3 * 64 * 2 * sum(MLA_DIMS) + 1024
+
+
+def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config:
+    """Choose the shape of the kernel of mla_sm90.cu. Any choice is right; this one is fast.
+
+    Parameters
+    ----------
+    rows : int
+        Query rows (query tokens x heads) of a request.
+    num_tiles : int
+        Tiles of 64 keys that all requests have room for.
+    num_sms : int
+
+    Notes
+    -----
+    With few tiles most time goes into merging partial states, whose size is that of a query tile. So tiles are as
+    narrow as two for each SM allow: one request of 4096 keys and 64 heads becomes 64 x 4 tiles of 16 rows.
+    """
+    for tile_q in (16, 32):
+        if rows <= tile_q or num_tiles * -(-rows // tile_q) <= 2 * num_sms:
+            return MLASm90Config(tile_q)
+    return MLASm90Config(64)
 
 
 def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:
@@ -325,8 +347,10 @@ MLA_SM90_DECODE = register_kernel(
         name="mla_sm90",
         source="mla_sm90.cu",
         symbol="cupyattn::mla_sm90_kernel",
-        template=("T",),
-        instances=lambda arch: ((CUDA_TYPES[dtype],) for dtype in DECODE_DTYPES),
+        template=("T", "kTileQ"),
+        instances=lambda arch: itertools.product(
+            (CUDA_TYPES[dtype] for dtype in DECODE_DTYPES), (16, 32, 64)
+        ),
         archs=("sm_90a",),
     )
 )

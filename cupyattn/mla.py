@@ -277,8 +277,9 @@ class _CupyPlan(_MLAPlan):
             arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
             config: kernels.MLAConfig | kernels.MLASm90Config
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
-                config = kernels.MLASm90Config()
-                kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], device=self.device)
+                num_tiles = runs.max_units(64, batch_size, True, 1, cache.page_size, pages)
+                config = kernels.mla_sm90_config(rows, num_tiles, device_properties(self.device).num_sms)
+                kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)
             else:
                 config = kernels.mla_config(arch, rows, size is not None)
                 template = kernels.mla_template(dtype, config, size is not None)

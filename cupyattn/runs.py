@@ -75,15 +75,15 @@ class Runs:
     ) -> None:  # fmt: skip
         self._device = kernel.device
         # CTAs without work only delay the next launch.
-        max_units = num_kv_heads * _max_units(
+        num_units = num_kv_heads * max_units(
             fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
         )
         per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
-        num_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS, max_units)
+        num_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS, num_units)
         split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
         if fixed_split_size is not None:
             split_shift = (fixed_split_size // tiles.tile_kv).bit_length() - 1
-            max_splits = num_slots = max_units
+            max_splits = num_slots = num_units
             if max_splits > _MAX_SLOTS:
                 raise ValueError(
                     f"{caller}: fixed_split_size = {fixed_split_size} makes up to {max_splits} splits of what the "
@@ -119,7 +119,7 @@ class Runs:
         )
 
 
-def _max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: int, pages: PageTable) -> int:
+def max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: int, pages: PageTable) -> int:
     """Bound the tiles or fixed splits (of `size` keys) of a step and a KV head from shapes alone.
 
     In each group of a KV head there are those of its request. With one query token a request (`single`) all have as

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   touch(lse_stride_head);
   touch(logits_soft_cap);
 
-  Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs up to kStages - 1 tiles ahead of the tile in use
+  Cursor<kTileKV, kTileQ, kFixedSplits, true> load;  // runs up to kStages - 1 tiles ahead of the tile in use
   Partition partition;
   if (!begin_run<kThreads>(problem, load, partition)) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
@@ -478,11 +478,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.slot + 1 == tile.group.first + tile.group.num_partials) {
       __syncthreads();  // the logits have been read
-      merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_logits);
+      merge_share<kThreads, kFixedSplits, false>(partials, output, tile, smem_logits);
     }
     clear();
   }
-  smem_run_end.merge<kThreads, kFixedSplits>(ctas, partials, output, smem_logits);
+  smem_run_end.merge<kThreads, kFixedSplits, !kFixedSplits>(ctas, partials, output, smem_logits);
 }
 
 }  // namespace cupyattn

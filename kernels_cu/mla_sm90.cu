@@ -1,7 +1,8 @@
 // MLA decode attention for sm_90a: the job of mla.cu, by the tensor cores' asynchronous products.
 //
 // Grid: one CTA an SM (persistent), each with an equal, contiguous run of KV tiles (schedule.cuh). A tile is 64 keys, a
-// query tile 64 rows; fewer rows are padded, which costs nothing where memory is the limit.
+// query tile kTileQ rows, padded to the 64 of a product; that costs nothing where memory is the limit, and where there
+// are few tiles, narrow ones leave less to merge.
 //
 // Three warpgroups of 128 threads. The last one copies: KV tiles into a ring of kStages, the queries of a segment into
 // the one buffer there is for them. The other two each compute all of S = Q K^T [64, 64] and the weights, and with those
@@ -33,11 +34,11 @@ template <int kThreads, typename T, int kHeadDim, int kTileQ>
 __device__ __noinline__ void merge_apart(RunEnd& run_end, const Departures<TileInfo>& ctas,
                                          const Partials<kHeadDim, kTileQ>& partials,
                                          const Output<T, kTileQ>& output, float* scratch) {
-  run_end.merge<kThreads, false>(ctas, partials, output, scratch);
+  run_end.merge<kThreads, false, true>(ctas, partials, output, scratch);
 }
 
 // clang-format off
-template <typename T>
+template <typename T, int kTileQ>
 __global__ void __launch_bounds__(384, 1)
     mla_sm90_kernel(const T* __restrict__ q_ckv,        // [num_tokens, num_qo_heads, 512], strided
                     const T* __restrict__ q_kpe,        // [num_tokens, num_qo_heads, 64], strided
@@ -49,8 +50,8 @@ __global__ void __launch_bounds__(384, 1)
                     const int* __restrict__ kv_lens,    // [batch_size]
                     T* __restrict__ out,                // as q_ckv
                     float* __restrict__ lse,            // [num_tokens, num_qo_heads] or null, natural log
-                    float* partial_out,                 // [num_slots, 64, 512], see Partials
-                    float* partial_lse,                 // [num_slots, 64, 32], base 2
+                    float* partial_out,                 // [num_slots, kTileQ, 512], see Partials
+                    float* partial_lse,                 // [num_slots, kTileQ, 32], base 2
                     Departures<TileInfo>::Memory* departures,  // all zero between launches, as both above
                     i64 q_ckv_stride_token, i64 q_ckv_stride_head,
                     i64 q_kpe_stride_token, i64 q_kpe_stride_head,
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(384, 1)
   // clang-format on
   constexpr int kCkvDim = 512;
   constexpr int kKpeDim = 64;
-  constexpr int kTileQ = 64;
+  constexpr int kRows = 64;  // of a product
   constexpr int kTileKV = 64;
   constexpr int kStages = 2;
   constexpr int kThreads = 384;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int kBlockBytes = 64 * kBlockRowBytes;
   constexpr int kTileBytes = kBlocks * kBlockBytes;
   constexpr int kLongRun = 64;  // tiles
-  static_assert(kKpeDim == kBlockColumns);
+  static_assert(kKpeDim == kBlockColumns && kTileQ <= kRows);
 
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(384, 1)
   }
   if (tid < 2) smem_run_end.clear();
 
-  Cursor<kTileKV, kTileQ, false> load;
+  Cursor<kTileKV, kTileQ, false, true> load;
   Partition partition;
   if (!begin_run<kThreads>(problem, load,
                            partition)) {  // has barriers: all threads see the mbarriers after it
@@ -211,9 +212,9 @@ __global__ void __launch_bounds__(384, 1)
         ++segment;
         mbarrier_wait(q_empty, segment & 1 ^ 1);
         const int first_q_row = load.q_tile * kTileQ;
-        const int num_rows = load.request.qo_len * num_qo_heads - first_q_row;
+        const int num_rows = min(load.request.qo_len * num_qo_heads - first_q_row, kTileQ);
 #pragma unroll 1
-        for (int row = warp - kConsumers / 32; row < kTileQ; row += kProducers / 32) {
+        for (int row = warp - kConsumers / 32; row < kRows; row += kProducers / 32) {
           const bool exists = row < num_rows;
           const int token_in_request = heads.divide(first_q_row + row);
           const int head = heads.modulo(first_q_row + row, token_in_request);

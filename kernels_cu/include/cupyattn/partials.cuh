@@ -191,18 +191,106 @@ struct Departures {
   }
 };
 
+constexpr int kHotPolls = 4;        // then other CTAs' copies come first
+constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
+
+// What merge_lines does where each of the 2^parts_log2 x 4 lanes that share a line has four states at most: a lane works
+// on kLines lines at once.
+template <int kLines, int kHeadDim, int kTileQ, typename Write>
+__device__ __forceinline__ void merge_many_lines(const Partials<kHeadDim, kTileQ>& partials,
+                                                 const GroupSlots& group, int part, int parts_log2, int line,
+                                                 int end_line, int lines_at_once, const Write& write) {
+  constexpr int kStates = 4;
+  constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
+  const int lane = threadIdx.x % 32;
+  const int num_states = group.num_partials;
+  const auto slot_of = [&](int j) { return group.slot(min(part + (j << parts_log2), num_states - 1)); };
+#pragma unroll 1
+  for (; __any_sync(0xffffffffu, line < end_line); line += kLines * lines_at_once) {
+    float lse[kLines][kStates];
+    float4 value[kLines][kStates];
+    const auto line_of = [&](int l) { return min(line + l * lines_at_once, end_line - 1); };
+#pragma unroll 1
+    for (int polls = 0;; ++polls) {
+      bool all_there = true;
+#pragma unroll
+      for (int l = 0; l < kLines; ++l)
+#pragma unroll
+        for (int j = 0; j < kStates; ++j) {
+          lse[l][j] = load_relaxed(partials.lse_at(slot_of(j), line_of(l)));
+          value[l][j] = load_relaxed(partials.line_at(slot_of(j), line_of(l)) + lane % 4);
+        }
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) {
+        const bool exists = line + l * lines_at_once < end_line;
+#pragma unroll
+        for (int j = 0; j < kStates; ++j) {
+          const float4& x = value[l][j];
+          all_there &= !exists || (is_there(lse[l][j]) && is_there(x.x) && is_there(x.y) && is_there(x.z) &&
+                                   is_there(x.w));
+        }
+      }
+      if (__all_sync(0xffffffffu, all_there)) break;
+      if (polls > kPatience) __trap();
+      if (polls >= kHotPolls) __nanosleep(200);
+    }
+#pragma unroll
+    for (int l = 0; l < kLines; ++l) {
+      SoftmaxState state;
+      float4 acc = {};
+      float lse_max = neg_infinity();
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) {
+        if (part + (j << parts_log2) >= num_states) lse[l][j] = neg_infinity();
+        lse_max = fmaxf(lse_max, lse[l][j]);
+      }
+#pragma unroll 1
+      for (int delta = 4; delta < 4 << parts_log2; delta *= 2) {
+        lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
+      }
+      state.raise(lse_max);
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) {
+        const float weight = state.weight(lse[l][j]);
+        state.sum += weight;
+        acc.x += weight * value[l][j].x, acc.y += weight * value[l][j].y;
+        acc.z += weight * value[l][j].z, acc.w += weight * value[l][j].w;
+      }
+#pragma unroll 1
+      for (int delta = 4; delta < 4 << parts_log2; delta *= 2) {
+        const auto add = [&](float& x) { x += __shfl_xor_sync(0xffffffffu, x, delta); };
+        add(state.sum), add(acc.x), add(acc.y), add(acc.z), add(acc.w);
+      }
+      const int own_line = line + l * lines_at_once;
+      const bool exists = own_line < end_line;
+      if (exists && part == 0) {
+        const float inverse = state.inverse_sum();
+        acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
+        write(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4, acc,
+              state.lse_log2());
+      }
+      // The shuffles were after all reads of the line.
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) {
+        if (!exists || part + (j << parts_log2) >= num_states) continue;
+        store_relaxed(partials.line_at(slot_of(j), own_line) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        if (lane % 4 == 0) store_relaxed(partials.lse_at(slot_of(j), own_line), 0.0f);
+      }
+    }
+  }
+}
+
 // Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; all threads of a CTA must call it.
+// `kManyLines`: with few states, a lane asks for those of several lines at once.
 // `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
 // once. `scratch`: shared memory, 24 floats a warp.
 // `write(row, dim, value, lse_log2)`, for the result.
-template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename Write>
+template <int kThreads, int kInFlight, bool kManyLines, int kHeadDim, int kTileQ, typename Write>
 __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials,
                                             const GroupSlots& group, bool wide, int line, int end_line,
                                             float* scratch, const Write& write) {
   constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kWarps = kThreads / 32;
-  constexpr int kHotPolls = 4;        // then other CTAs' copies come first
-  constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int num_states = group.num_partials;
@@ -212,6 +300,11 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
   const int stride = wide ? 8 * kWarps : 1 << parts_log2;
   const int part = threadIdx.x / 4 & (stride - 1);
   const int lines_at_once = wide ? 1 : kWarps * 8 >> parts_log2;
+  if (kManyLines && !wide && num_states <= 4 << parts_log2) {
+    merge_many_lines<kInFlight / 4>(partials, group, part, parts_log2, line + (threadIdx.x / 4 >> parts_log2),
+                                    end_line, lines_at_once, write);
+    return;
+  }
 #pragma unroll 1
   for (line += wide ? 0 : threadIdx.x / 4 >> parts_log2;; line += lines_at_once) {
     // Lanes beyond the last line help to read it, and write nothing.

@@ -26,10 +26,10 @@ struct alignas(16) TileInfo {
   int num_sharers;
 
   // The tile that a cursor points at, whose segment began here or earlier.
-  template <int kTileKV, int kTileQ, bool kFixedSplits>
-  static __device__ __forceinline__ TileInfo of(const Cursor<kTileKV, kTileQ, kFixedSplits>& load,
-                                                const Problem& problem, const Partition& partition,
-                                                bool begins_segment, bool ends_segment, int q_buffer) {
+  template <int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
+  static __device__ __forceinline__ TileInfo
+  of(const Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& load, const Problem& problem,
+     const Partition& partition, bool begins_segment, bool ends_segment, int q_buffer) {
     TileInfo tile{load.token_begin(), load.request.kv_len, begins_segment, ends_segment,
                   q_buffer,           load.q_tile,         load.kv_head,   load.request.qo_begin,
                   load.request.qo_len};
@@ -86,7 +86,7 @@ struct Output {
 
 // This CTA's share of the group that `tile` has ended a segment of; all threads must call it.
 // `scratch`: shared memory, 24 floats a warp.
-template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+template <int kThreads, bool kFixedSplits, bool kManyLines, typename T, int kHeadDim, int kTileQ>
 __device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
                                             float* scratch) {
@@ -94,14 +94,15 @@ __device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& pa
   const int lines_each =
       static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
   const int first_line = min(tile.rank * lines_each, num_lines);
-  constexpr int kInFlight = kFixedSplits ? 4 : 8;  // inside the loop there are fewer registers
+  // Inside the loop there are fewer registers than at the end.
+  constexpr int kInFlight = kFixedSplits ? 4 : kManyLines ? 16 : 8;
   // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
   const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
-  merge_lines<kThreads, kInFlight>(partials, tile.group, wide, first_line,
-                                   min(first_line + lines_each, num_lines), scratch,
-                                   [&](int row, int dim, const float4& value, float lse_log2) {
-                                     output.write(tile, row, dim, value, lse_log2);
-                                   });
+  merge_lines<kThreads, kInFlight, kManyLines>(partials, tile.group, wide, first_line,
+                                               min(first_line + lines_each, num_lines), scratch,
+                                               [&](int row, int dim, const float4& value, float lse_log2) {
+                                                 output.write(tile, row, dim, value, lse_log2);
+                                               });
 }
 
 // What a run leaves to its end, in shared memory.
@@ -121,7 +122,7 @@ struct RunEnd {
   }
 
   // All threads: this CTA's share of the groups that it has only a part of, and what CTAs that have departed left.
-  template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+  template <int kThreads, bool kFixedSplits, bool kManyLines, typename T, int kHeadDim, int kTileQ>
   __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas,
                                         const Partials<kHeadDim, kTileQ>& partials,
                                         const Output<T, kTileQ>& output, float* scratch) {
@@ -136,7 +137,7 @@ struct RunEnd {
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         if (shared[i].num_sharers > 1)
-          merge_share<kThreads, kFixedSplits>(partials, output, shared[i], scratch);
+          merge_share<kThreads, kFixedSplits, kManyLines>(partials, output, shared[i], scratch);
       }
       if (num_departed <= 0) return;
       has_more = __syncthreads_or(asks && ctas.take(num_departed, shared));

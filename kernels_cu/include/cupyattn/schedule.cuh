@@ -17,6 +17,10 @@
 // units are splits of 2^unit_shift tiles, every split of a group that has several leaves a partial state (its slot is
 // its place on the line), and runs are of whole splits.
 //
+// Groups of one request follow each other: by KV head, then by query tile. Where a request's query tiles read the same keys
+// and memory is the limit (kQTilesOutermost), all requests' first query tiles come first, then all second ones: then CTAs
+// that read the same keys do so at about the same time, and L2 has them for all but one.
+//
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
 #pragma once
@@ -94,7 +98,7 @@ struct Partition {
 };
 
 // Walks one CTA's run, tile by tile, through groups and requests.
-template <int kTileKV, int kTileQ, bool kFixedSplits>
+template <int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost = false>
 struct Cursor {
   Request<kTileKV, kTileQ, kFixedSplits> request;
   const int* pages;  // the request's own page ids
@@ -130,43 +134,26 @@ struct Cursor {
     unit += ends_unit(problem);
     if (++tile < request.num_tiles()) return;
     tile = 0;
-    if (++q_tile < request.num_q_tiles(problem)) return;
-    q_tile = 0;
+    if (!kQTilesOutermost) {
+      if (++q_tile < request.num_q_tiles(problem)) return;
+      q_tile = 0;
+    }
     if (++kv_head < problem.num_kv_heads) return;
     kv_head = 0;
     if (done()) return;
-    do {  // requests without query tokens have no groups
-      enter(problem, request_idx + 1);
-    } while (request.qo_len == 0);
+    do {  // requests without query tokens, or with fewer tiles of them, have no groups
+      const bool wraps = kQTilesOutermost && request_idx + 1 == problem.batch_size;
+      if (wraps) ++q_tile;
+      enter(problem, wraps ? 0 : request_idx + 1);
+    } while (request.num_q_tiles(problem) <= q_tile);
   }
 };
 
-// This CTA's place on the line; all threads must call it. False where the line is too short to reach it.
-// Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
-// begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
-// requests there is one round trip to memory.
-template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits>
-__device__ __forceinline__ bool begin_run(const Problem& problem,
-                                          Cursor<kTileKV, kTileQ, kFixedSplits>& cursor,
-                                          Partition& partition) {
-  __shared__ int smem_warp_totals[kThreads / 32];
-  __shared__ Cursor<kTileKV, kTileQ, kFixedSplits> smem_cursor;
+// The sum of what this thread and those before it have, and that of all; all threads must call it.
+template <int kThreads>
+__device__ __forceinline__ int inclusive_sum(int value, int* smem_warp_totals, int& total) {
   const int tid = threadIdx.x;
-  const int cta = blockIdx.x;
-  const int stride = ceil_div(problem.batch_size, kThreads);
-  const int first_request = tid * stride;
-  const int end_request = min(first_request + stride, problem.batch_size);
-
-  int units = 0;
-  if (first_request < end_request) {
-    cursor.enter(problem, first_request);
-    units = cursor.request.num_units(problem);
-  }
-#pragma unroll 1
-  for (int b = first_request + 1; b < end_request; ++b) {
-    units += Request<kTileKV, kTileQ, kFixedSplits>(problem, b).num_units(problem);
-  }
-  int end = units;  // inclusive prefix sum, over the warp first
+  int end = value;
 #pragma unroll
   for (int delta = 1; delta < 32; delta *= 2) {
     const int other = __shfl_up_sync(0xffffffffu, end, delta);
@@ -174,29 +161,91 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   }
   if (tid % 32 == 31) smem_warp_totals[tid / 32] = end;
   __syncthreads();
-  int total = 0;
+  total = 0;
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) {
     if (w < tid / 32) end += smem_warp_totals[w];
     total += smem_warp_totals[w];
   }
+  return end;
+}
+
+// This CTA's place on the line; all threads must call it. False where the line is too short to reach it.
+// Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
+// begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
+// requests there is one round trip to memory.
+template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
+__device__ __forceinline__ bool begin_run(const Problem& problem,
+                                          Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
+                                          Partition& partition) {
+  __shared__ int smem_warp_totals[kThreads / 32];
+  __shared__ Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost> smem_cursor;
+  using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
+  const int tid = threadIdx.x;
+  const int cta = blockIdx.x;
+  const int stride = ceil_div(problem.batch_size, kThreads);
+  const int first_request = tid * stride;
+  const int end_request = min(first_request + stride, problem.batch_size);
+
+  int units = 0;
+  bool has_more_q_tiles = false;
+  if (first_request < end_request) {
+    cursor.enter(problem, first_request);
+    units = cursor.request.num_units(problem);
+    has_more_q_tiles = cursor.request.num_q_tiles(problem) > 1;
+  }
+#pragma unroll 1
+  for (int b = first_request + 1; b < end_request; ++b) {
+    const OneRequest request(problem, b);
+    units += request.num_units(problem);
+    has_more_q_tiles |= request.num_q_tiles(problem) > 1;
+  }
+  int total;
+  int end = inclusive_sum<kThreads>(units, smem_warp_totals, total);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
   partition = Partition(total, gridDim.x);
   cursor.unit = partition.begin(cta);
   cursor.unit_end = partition.begin(cta + 1);
-  if (cta < partition.num_ctas && end - units <= cursor.unit && cursor.unit < end) {
-    u32 unit_in_request = cursor.unit - (end - units);
+  cursor.q_tile = 0;
+  int unit = cursor.unit;  // on the part of the line where it lies
+  if (kQTilesOutermost && __syncthreads_or(has_more_q_tiles)) {
+    // As many parts as the request with most has query tiles; most often two, or all equal.
+    if (cta >= partition.num_ctas) return false;
 #pragma unroll 1
-    for (u32 skipped; unit_in_request >= (skipped = cursor.request.num_units(problem));) {
+    for (;; ++cursor.q_tile) {
+      units = 0;
+#pragma unroll 1
+      for (int b = first_request; b < end_request; ++b) {
+        const OneRequest request(problem, b);
+        if (request.num_q_tiles(problem) > cursor.q_tile) {
+          units += problem.num_kv_heads * request.num_units_in_group(problem);
+        }
+      }
+      __syncthreads();  // the totals have been read
+      end = inclusive_sum<kThreads>(units, smem_warp_totals, total);
+      if (unit < total) break;
+      unit -= total;
+    }
+  }
+  if (cta < partition.num_ctas && end - units <= unit && unit < end) {
+    u32 unit_in_request = unit - (end - units);
+    const auto units_of_request = [&]() -> u32 {
+      if (!kQTilesOutermost) return cursor.request.num_units(problem);
+      return cursor.request.num_q_tiles(problem) > cursor.q_tile
+                 ? problem.num_kv_heads * cursor.request.num_units_in_group(problem)
+                 : 0;
+    };
+#pragma unroll 1
+    for (u32 skipped; unit_in_request >= (skipped = units_of_request());) {
       unit_in_request -= skipped;
       cursor.enter(problem, cursor.request_idx + 1);
     }
     const u32 num_units = cursor.request.num_units_in_group(problem);
-    const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
+    const u32 num_q_tiles = kQTilesOutermost ? 1 : cursor.request.num_q_tiles(problem);
     const u32 group = unit_in_request / num_units;
     cursor.tile = unit_in_request - group * num_units << (kFixedSplits ? problem.unit_shift : 0);
     cursor.kv_head = num_q_tiles == 1 ? group : group / num_q_tiles;
-    cursor.q_tile = group - cursor.kv_head * num_q_tiles;
+    if (!kQTilesOutermost) cursor.q_tile = group - cursor.kv_head * num_q_tiles;
     smem_cursor = cursor;
   }
   __syncthreads();
