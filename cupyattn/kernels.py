@@ -252,7 +252,8 @@ def mla_template(dtype: str, config: MLAConfig, fixed_splits: bool = False) -> t
 
 
 def _mla_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
-    for dtype, fixed_splits in itertools.product(DECODE_DTYPES, (False, True)):
+    kinds = (True,) if arch == "sm_90a" else (False, True)  # where mla_sm90.cu does the rest
+    for dtype, fixed_splits in itertools.product(DECODE_DTYPES, kinds):
         for config in mla_configs(arch, fixed_splits):
             yield mla_template(dtype, config, fixed_splits)
 

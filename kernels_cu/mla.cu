@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   touch(lse_stride_head);
   touch(logits_soft_cap);
 
-  Cursor<kTileKV, kTileQ, kFixedSplits, true> load;  // runs up to kStages - 1 tiles ahead of the tile in use
+  Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs up to kStages - 1 tiles ahead of the tile in use
   Partition partition;
   if (!begin_run<kThreads>(problem, load, partition)) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on

@@ -37,8 +37,11 @@ struct alignas(16) TileInfo {
       const int unit = load.unit_in_group(problem);
       const int group_begin = load.unit - unit;
       const int num_units = load.request.num_units_in_group(problem);
-      const int first_cta = partition.cta_of(group_begin);
-      const int last_cta = partition.cta_of(group_begin + num_units - 1);
+      const int part =
+          kQTilesOutermost ? static_cast<u32>(group_begin) / static_cast<u32>(partition.part_units) : 0;
+      const int in_part = group_begin - part * partition.part_units;
+      const int first_cta = part * partition.part_ctas + partition.cta_of(in_part);
+      const int last_cta = part * partition.part_ctas + partition.cta_of(in_part + num_units - 1);
       tile.rank = blockIdx.x - first_cta;
       tile.num_sharers = last_cta + 1 - first_cta;
       tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}

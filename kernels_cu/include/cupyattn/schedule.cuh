@@ -18,8 +18,10 @@
 // its place on the line), and runs are of whole splits.
 //
 // Groups of one request follow each other: by KV head, then by query tile. Where a request's query tiles read the same keys
-// and memory is the limit (kQTilesOutermost), all requests' first query tiles come first, then all second ones: then CTAs
-// that read the same keys do so at about the same time, and L2 has them for all but one.
+// and memory is the limit (kQTilesOutermost), all requests' first query tiles come first, then all second ones. Where all
+// requests have as many, the line is cut in as many equal *parts*, and each part alike into runs: then CTAs that read the
+// same keys do so at the same time, and L2 has them for all but one. (Sixteen tiles apart would be too far: 66 CTAs
+// read 78 MB meanwhile.)
 //
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
@@ -73,21 +75,26 @@ struct Request {
   }
 };
 
-// The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`.
+// The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`. Each part alike.
 struct Partition {
-  int num_ctas;
+  int num_ctas;  // of all parts
   int quota;
   int num_longer;
+  int part_ctas;
+  int part_units;
 
   __device__ __forceinline__ Partition() {}
-  __device__ __forceinline__ Partition(int total, int max_ctas) {
+  __device__ __forceinline__ Partition(int total, int max_ctas, int num_parts = 1) {
+    part_units = total / num_parts;
     // No more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4 rather than 232 of 4 and
     // 32 of 3. There is less to merge, and runs of equal groups end where groups do.
-    const int most_units = max(ceil_div(total, max_ctas), 1);
-    num_ctas = ceil_div(total, most_units);
-    quota = static_cast<u32>(total) / static_cast<u32>(max(num_ctas, 1));
-    num_longer = total - quota * num_ctas;
+    const int most_units = max(ceil_div(part_units, max_ctas / num_parts), 1);
+    part_ctas = ceil_div(part_units, most_units);
+    num_ctas = part_ctas * num_parts;
+    quota = static_cast<u32>(part_units) / static_cast<u32>(max(part_ctas, 1));
+    num_longer = part_units - quota * part_ctas;
   }
+  // Of the line, or with parts, of a CTA's or unit's part.
   __device__ __forceinline__ int begin(int cta) const { return cta * quota + min(cta, num_longer); }
   // The CTA whose run holds `unit`.
   __device__ __forceinline__ int cta_of(int unit) const {
@@ -187,32 +194,50 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   const int first_request = tid * stride;
   const int end_request = min(first_request + stride, problem.batch_size);
 
+  constexpr int kMaxParts = 4;  // of more, some CTAs would have nothing to do
   int units = 0;
-  bool has_more_q_tiles = false;
+  int num_q_tiles = 0;
+  bool is_uniform = true;
   if (first_request < end_request) {
     cursor.enter(problem, first_request);
     units = cursor.request.num_units(problem);
-    has_more_q_tiles = cursor.request.num_q_tiles(problem) > 1;
+    num_q_tiles = cursor.request.num_q_tiles(problem);
   }
 #pragma unroll 1
   for (int b = first_request + 1; b < end_request; ++b) {
     const OneRequest request(problem, b);
     units += request.num_units(problem);
-    has_more_q_tiles |= request.num_q_tiles(problem) > 1;
+    if (kQTilesOutermost) {
+      is_uniform &= request.num_q_tiles(problem) == num_q_tiles;
+      num_q_tiles = max(num_q_tiles, request.num_q_tiles(problem));
+    }
   }
   int total;
   int end = inclusive_sum<kThreads>(units, smem_warp_totals, total);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
-  partition = Partition(total, gridDim.x);
-  cursor.unit = partition.begin(cta);
-  cursor.unit_end = partition.begin(cta + 1);
-  cursor.q_tile = 0;
-  int unit = cursor.unit;  // on the part of the line where it lies
-  if (kQTilesOutermost && __syncthreads_or(has_more_q_tiles)) {
-    // As many parts as the request with most has query tiles; most often two, or all equal.
-    if (cta >= partition.num_ctas) return false;
+  int num_parts = 1;
+  bool has_more_q_tiles = false;
+  if (kQTilesOutermost && __syncthreads_or(num_q_tiles > 1)) {
+    const int first_q_tiles = OneRequest(problem, 0).num_q_tiles(problem);
+    is_uniform &= first_request >= end_request || num_q_tiles == first_q_tiles;
+    has_more_q_tiles = true;
+    if (__syncthreads_and(is_uniform) && first_q_tiles <= min(kMaxParts, static_cast<int>(gridDim.x))) {
+      num_parts = first_q_tiles;
+      has_more_q_tiles = false;
+    }
+  }
+  partition = Partition(total, gridDim.x, num_parts);
+  if (cta >= partition.num_ctas) return false;
+  cursor.q_tile = kQTilesOutermost ? cta / partition.part_ctas : 0;
+  int unit = partition.begin(cta - cursor.q_tile * partition.part_ctas);  // of the part
+  cursor.unit = cursor.q_tile * partition.part_units + unit;
+  cursor.unit_end =
+      cursor.q_tile * partition.part_units + partition.begin(cta - cursor.q_tile * partition.part_ctas + 1);
+  if (num_parts > 1) units /= num_parts, end /= num_parts;
+  if (has_more_q_tiles) {
+    // By query tile, each for all requests that have it.
 #pragma unroll 1
-    for (;; ++cursor.q_tile) {
+    for (cursor.q_tile = 0;; ++cursor.q_tile) {
       units = 0;
 #pragma unroll 1
       for (int b = first_request; b < end_request; ++b) {
@@ -227,7 +252,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
       unit -= total;
     }
   }
-  if (cta < partition.num_ctas && end - units <= unit && unit < end) {
+  if (end - units <= unit && unit < end) {
     u32 unit_in_request = unit - (end - units);
     const auto units_of_request = [&]() -> u32 {
       if (!kQTilesOutermost) return cursor.request.num_units(problem);
@@ -249,7 +274,6 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     smem_cursor = cursor;
   }
   __syncthreads();
-  if (cta >= partition.num_ctas) return false;
   cursor = smem_cursor;
   return true;
 }
