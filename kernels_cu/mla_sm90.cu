@@ -168,7 +168,9 @@ __global__ void __launch_bounds__(384, 1)
       return reinterpret_cast<u64>(lane >= 16 ? kpe_pages + kpe_strides.offset(found_page, found_token, 0)
                                               : ckv_pages + ckv_strides.offset(found_page, found_token, 0));
     };
-    const u64 policy = evict_first_policy();
+    // Where CTAs with other query tiles read the same keys, these must stay in L2 for a while.
+    const u64 policy =
+        partition.part_ctas == partition.num_ctas ? evict_first_policy() : evict_normal_policy();
     find_row();
     if (first_row + lane % 16 < keys_left()) {  // the first keys are on their way into L2
       const char* row = reinterpret_cast<const char*>(found_row());

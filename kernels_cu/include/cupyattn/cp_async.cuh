@@ -17,6 +17,12 @@ __device__ __forceinline__ u64 evict_first_policy() {
   return policy;
 }
 
+__device__ __forceinline__ u64 evict_normal_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Copies 16 bytes.
 __device__ __forceinline__ void cp_async_16(u32 smem_address, const void* gmem, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"

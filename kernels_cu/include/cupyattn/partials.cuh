@@ -210,6 +210,19 @@ __device__ __forceinline__ void merge_many_lines(const Partials<kHeadDim, kTileQ
     float lse[kLines][kStates];
     float4 value[kLines][kStates];
     const auto line_of = [&](int l) { return min(line + l * lines_at_once, end_line - 1); };
+    // Until the first line is there, a word of each state is asked for, and not all: so much would delay those who
+    // are still to write it.
+    for (int polls = 0; line < end_line; ++polls) {
+      bool all_there = true;
+#pragma unroll
+      for (int j = 0; j < kStates; ++j) {
+        all_there &= is_there(load_relaxed(partials.lse_at(slot_of(j), line_of(0))));
+      }
+      if (all_there) break;
+      if (polls > kPatience) __trap();
+      __nanosleep(200);
+    }
+    __syncwarp();
 #pragma unroll 1
     for (int polls = 0;; ++polls) {
       bool all_there = true;
@@ -342,7 +355,7 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
                        is_there(value[j].z) && is_there(value[j].w);
         }
         if (__all_sync(0xffffffffu, all_there || !exists)) break;
-        if (polls < kHotPolls) continue;
+        if (!kManyLines && polls < kHotPolls) continue;
         if (polls > kPatience) __trap();
         if (exists && missing != nullptr) {
           while (!is_there(load_relaxed(missing))) {

@@ -23,6 +23,10 @@
 // same keys do so at the same time, and L2 has them for all but one. (Sixteen tiles apart would be too far: 66 CTAs
 // read 78 MB meanwhile.)
 //
+// A partial state of 64 rows x 512 columns costs as much as several tiles. So there (kQTilesOutermost too), where all
+// groups have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be:
+// 128 groups of 64 tiles are 128 runs of 64, not 132 of 62.06.
+//
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
 #pragma once
@@ -94,8 +98,20 @@ struct Partition {
     quota = static_cast<u32>(part_units) / static_cast<u32>(max(part_ctas, 1));
     num_longer = part_units - quota * part_ctas;
   }
+  // Makes runs whole groups of `group_units`, which all have, if they are at most `slack` units longer for that.
+  __device__ __forceinline__ void align(int group_units, int slack, int num_parts) {
+    const int longest = quota + (num_longer > 0);
+    const int aligned = ceil_div(longest, group_units) * group_units;
+    if (aligned > longest + slack) return;
+    quota = aligned;
+    num_longer = 0;
+    part_ctas = ceil_div(part_units, aligned);
+    num_ctas = part_ctas * num_parts;
+  }
   // Of the line, or with parts, of a CTA's or unit's part.
-  __device__ __forceinline__ int begin(int cta) const { return cta * quota + min(cta, num_longer); }
+  __device__ __forceinline__ int begin(int cta) const {
+    return min(cta * quota + min(cta, num_longer), part_units);
+  }
   // The CTA whose run holds `unit`.
   __device__ __forceinline__ int cta_of(int unit) const {
     const int in_longer = num_longer * (quota + 1);
@@ -197,11 +213,13 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   constexpr int kMaxParts = 4;  // of more, some CTAs would have nothing to do
   int units = 0;
   int num_q_tiles = 0;
-  bool is_uniform = true;
+  bool is_uniform = true;  // as many query tiles
+  bool is_equal = true;    // as many tiles of keys
   if (first_request < end_request) {
     cursor.enter(problem, first_request);
     units = cursor.request.num_units(problem);
     num_q_tiles = cursor.request.num_q_tiles(problem);
+    if (kQTilesOutermost) is_equal = cursor.request.num_tiles() == OneRequest(problem, 0).num_tiles();
   }
 #pragma unroll 1
   for (int b = first_request + 1; b < end_request; ++b) {
@@ -209,6 +227,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     units += request.num_units(problem);
     if (kQTilesOutermost) {
       is_uniform &= request.num_q_tiles(problem) == num_q_tiles;
+      is_equal &= request.num_tiles() == cursor.request.num_tiles();
       num_q_tiles = max(num_q_tiles, request.num_q_tiles(problem));
     }
   }
@@ -227,6 +246,10 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     }
   }
   partition = Partition(total, gridDim.x, num_parts);
+  if (kQTilesOutermost && !kFixedSplits && __syncthreads_and(is_equal)) {
+    constexpr int kStateTiles = 2 + kTileQ / 8;  // about what a CTA's partial states cost
+    partition.align(OneRequest(problem, 0).num_tiles(), kStateTiles, num_parts);
+  }
   if (cta >= partition.num_ctas) return false;
   cursor.q_tile = kQTilesOutermost ? cta / partition.part_ctas : 0;
   int unit = partition.begin(cta - cursor.q_tile * partition.part_ctas);  // of the part
