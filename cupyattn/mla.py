@@ -275,10 +275,12 @@ class _CupyPlan(_MLAPlan):
             size = self.fixed_split_size
             rows = num_qo_heads if size else -(-num_tokens // batch_size) * num_qo_heads
             arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
-            config: kernels.MLAConfig | kernels.MLASm90Config
+            config: kernels.MLAConfig | kernels.MLASm90Config | None = None
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
                 num_tiles = runs.max_units(64, batch_size, True, 1, cache.page_size, pages)
                 config = kernels.mla_sm90_config(rows, num_tiles, device_properties(self.device).num_sms)
+                rows = min(rows, 16)
+            if config is not None:
                 kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)
             else:
                 config = kernels.mla_config(arch, rows, size is not None)
