@@ -1,13 +1,12 @@
 // MLA decode attention for sm_90a: the job of mla.cu, by the tensor cores' asynchronous products.
 //
 // Grid: one CTA an SM (persistent), each with an equal, contiguous run of KV tiles (schedule.cuh). A tile is 64 keys, a
-// query tile kTileQ rows, padded to the 64 of a product; that costs nothing where memory is the limit, and where there
-// are few tiles, narrow ones leave less to merge.
+// query tile kTileQ rows, padded to the 64 of a product, which costs nothing where memory is the limit.
 //
 // Three warpgroups of 128 threads. The last one copies: KV tiles into a ring of kStages, the queries of a segment into
 // the one buffer there is for them. The other two each compute all of S = Q K^T [64, 64] and the weights, and with those
-// from registers half of O += P V [64, 256]. That each has S to itself costs a third of the products, and saves all
-// talk between the two: while one computes exponentials, the other has the tensor cores.
+// from registers half of O += P V [64, 256]. That each has S to itself costs half as many products again, and saves all
+// talk between the two.
 //
 // Shared memory, in blocks of 64 rows x 64 columns (8 KiB, wgmma.cuh), nine to a tile of 576 columns:
 //   queries        1 x 72 KiB
@@ -140,8 +139,8 @@ __global__ void __launch_bounds__(384, 1)
 
   Cursor<kTileKV, kTileQ, false, true> load;
   Partition partition;
-  if (!begin_run<kThreads>(problem, load,
-                           partition)) {  // has barriers: all threads see the mbarriers after it
+  const bool has_run = begin_run<kThreads>(problem, load, partition);  // its barriers show all the mbarriers
+  if (!has_run) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
   }

@@ -1,4 +1,4 @@
-"""Shared fixtures. Problems, poison, oracle and tolerances are in problems.py."""
+"""Shared fixtures. Problems, poison, oracle and tolerances are in problems.py, the rest of it in device.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from types import ModuleType
 
 import hypothesis
 import pytest
+from device import Pool, size
+from frameworks import Framework
 
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
@@ -60,3 +62,36 @@ def gpu() -> ModuleType:
 def xp(request: pytest.FixtureRequest) -> ModuleType:
     """Each array module in turn."""
     return pytest.importorskip(request.param)
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Random pages by (module, dtype), made once."""
+    made = {}
+
+    def pool(xp, dtype):
+        key = (xp.__name__, dtype)
+        if key not in made:
+            made[key] = Pool(xp, dtype, size(xp, 1 << 26, 1 << 20))
+        return made[key]
+
+    yield pool
+    made.clear()
+
+
+@pytest.fixture(
+    params=[
+        ("torch", "cpu"), pytest.param(("torch", "gpu"), marks=pytest.mark.gpu),
+        ("jax", "cpu"), pytest.param(("jax", "gpu"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+)  # fmt: skip
+def framework(request: pytest.FixtureRequest) -> Framework:
+    """Each framework that is not NumPy or CuPy, on each device."""
+    return Framework(*request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def torch(request: pytest.FixtureRequest) -> Framework:
+    """Torch, on each device."""
+    return Framework("torch", request.param)

@@ -11,7 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cupyattn.cache import PagedKVCache, PageTable
+import cupyattn
+from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable
+from cupyattn.rope import Rope
 
 #: What lies in table entries that nobody may follow.
 POISON_PAGE = 2147480000
@@ -20,8 +22,12 @@ TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-5, "float64": 1e-1
 #: ||actual - expected|| / ||expected||.
 NORM_TOLERANCE = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-5, "float64": 1e-12}
 LSE_TOLERANCE = 1e-3
+#: Relative, of rounding to nearest.
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 STORAGES = ("separate", "interleaved", "strided")
+#: Of latent rows: one array with ckv and kpe side by side, two arrays, or two with different paddings.
+MLA_STORAGES = ("mla", "mla-pair", "mla-strided")
 
 
 def to_host(a: Any) -> np.ndarray:
@@ -35,10 +41,11 @@ def to_float64(a: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Arguments of one `decode` call, on one array module.
+    """Arguments of one `decode` call, on one array module; of one `mla_decode` call if there is a `ckv_dim`.
 
     `bases` own the cache's memory; `k_pages` and `v_pages` are views into them, as `storage` says:
-    two arrays, one array that holds both, or two arrays with different paddings.
+    two arrays, one array that holds both, or two arrays with different paddings. So are `ckv_pages` and
+    `kpe_pages`, whose rows are one KV head's keys of `head_dim`, and values in their first `ckv_dim` columns.
     """
 
     q: Any
@@ -54,6 +61,7 @@ class Problem:
     sm_scale: float
     window_left: int
     logits_soft_cap: float
+    ckv_dim: int | None = None
 
     @property
     def k_pages(self) -> Any:
@@ -67,8 +75,50 @@ class Problem:
         return self.bases[1][:, :, head_axis] if self.layout == "NHD" else self.bases[1][:, head_axis]
 
     @property
-    def cache(self) -> PagedKVCache:
+    def ckv_pages(self) -> Any:
+        base = self.bases[0]
+        return (base[:, :, 0] if self.storage == "mla-strided" else base)[..., : self.ckv_dim]
+
+    @property
+    def kpe_pages(self) -> Any:
+        if self.storage == "mla":
+            return self.bases[0][..., self.ckv_dim : self.head_dim]
+        return self.bases[1][..., : self.head_dim - (self.ckv_dim or 0)]
+
+    @property
+    def cache(self) -> PagedKVCache | PagedMLACache:
+        if self.ckv_dim is not None:
+            return PagedMLACache(self.ckv_pages, self.kpe_pages)
         return PagedKVCache(self.k_pages, self.v_pages, layout=self.layout)
+
+    @property
+    def page_size(self) -> int:
+        return self.cache.page_size
+
+    @property
+    def value_dim(self) -> int:
+        """Size of the values, and so of the result."""
+        return self.head_dim if self.ckv_dim is None else self.ckv_dim
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        return (*self.q.shape[:2], self.value_dim)
+
+    @property
+    def decode(self) -> Callable[..., Any]:
+        """The public function that these are arguments of."""
+        return cupyattn.decode if self.ckv_dim is None else cupyattn.mla_decode
+
+    def gather(self, page_ids: Any, slots: Any) -> tuple[Any, Any]:
+        """Keys and values of some slots, [..., num_kv_heads, dim] in float64 where the problem lives."""
+        if self.ckv_dim is None:
+            k_pages, v_pages = self.k_pages, self.v_pages
+            if self.layout == "HND":
+                k_pages, v_pages = k_pages.swapaxes(1, 2), v_pages.swapaxes(1, 2)
+            return to_float64(k_pages[page_ids, slots]), to_float64(v_pages[page_ids, slots])
+        parts = [to_float64(a[page_ids, slots]) for a in (self.ckv_pages, self.kpe_pages)]
+        keys = self.xp.concatenate(parts, axis=-1)[..., None, :]
+        return keys, keys[..., : self.ckv_dim]
 
     @property
     def pages(self) -> PageTable:
@@ -100,7 +150,9 @@ class Problem:
         return dataclasses.replace(self, **changes)
 
     def writable(self) -> tuple[Any, Any]:
-        """K and V as writable [num_pages, page_size, num_kv_heads, head_dim] views."""
+        """K and V (kpe and ckv) as writable [num_pages, page_size, num_kv_heads, dim] views."""
+        if self.ckv_dim is not None:  # what `append` rotates comes first
+            return self.kpe_pages[:, :, None], self.ckv_pages[:, :, None]
         return self.cache.nhd()
 
 
@@ -122,6 +174,7 @@ def build_problem(
     num_kv_heads: int = 2,
     group_size: int = 4,
     head_dim: int = 64,
+    ckv_dim: int | None = None,
     dtype: str = "bfloat16",
     layout: str = "NHD",
     storage: str = "separate",
@@ -144,7 +197,9 @@ def build_problem(
     ----------
     kv_lens, qo_lens : sequence of int
         Cache and query tokens of each request; without `qo_lens`, one query token each and no `qo_indptr`.
-    storage : {"separate", "interleaved", "strided"}
+    ckv_dim : int, optional
+        Makes it a problem of `mla_decode`, whose rows have `head_dim`; see `build_mla_problem`.
+    storage : {"separate", "interleaved", "strided"}, or one of `MLA_STORAGES`
     dense : bool
         A table [batch, max_pages] instead of CSR.
     shuffle : bool
@@ -191,10 +246,10 @@ def build_problem(
 
     array_rng = xp.random.default_rng(seed)
 
-    def pages_of(*before: int, pad_heads: int = 0, pad_dim: int = 0) -> Any:
-        heads, dims = num_kv_heads + pad_heads, head_dim + pad_dim
+    def pages_of(*before: int, dim: int = head_dim, pad_heads: int = 0, pad_dim: int = 0) -> Any:
+        heads = num_kv_heads + pad_heads
         inner = (page_size, heads) if layout == "NHD" else (heads, page_size)
-        values = array_rng.standard_normal((num_pages, *before, *inner, dims), dtype=np.float32)
+        values = array_rng.standard_normal((num_pages, *before, *inner, dim + pad_dim), dtype=np.float32)
         if poison:
             mask = (
                 xp.asarray(~seen)[:, :, None, None]
@@ -202,11 +257,25 @@ def build_problem(
                 else xp.asarray(~seen)[:, None, :, None]
             )
             xp.copyto(values, math.nan, where=mask[:, None] if before else mask)
-            values[..., head_dim:] = np.nan
+            values[..., dim:] = np.nan
+            if ckv_dim is not None:
+                values[:, :, num_kv_heads:] = np.nan
         return values.astype(DTYPES[dtype])
 
-    if storage == "interleaved":
-        bases: tuple[Any, ...] = (pages_of(2),)
+    if ckv_dim is not None:
+        assert storage in MLA_STORAGES
+        assert num_kv_heads == 1
+        assert layout == "NHD"
+    if storage == "mla":
+        bases: tuple[Any, ...] = (pages_of()[:, :, 0],)
+    elif storage == "mla-pair":
+        bases = (pages_of(dim=ckv_dim)[:, :, 0], pages_of(dim=head_dim - ckv_dim)[:, :, 0])
+    elif storage == "mla-strided":
+        bases = (
+            pages_of(dim=ckv_dim, pad_heads=1, pad_dim=16), pages_of(dim=head_dim - ckv_dim, pad_dim=8)[:, :, 0],
+        )  # fmt: skip
+    elif storage == "interleaved":
+        bases = (pages_of(2),)
     elif storage == "strided":
         bases = (pages_of(pad_dim=16), pages_of(pad_heads=1))
     else:
@@ -228,7 +297,24 @@ def build_problem(
         sm_scale=1 / math.sqrt(head_dim) if sm_scale is None else sm_scale,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
+        ckv_dim=ckv_dim,
     )
+
+
+def build_mla_problem(
+    kv_lens: Sequence[int],
+    *,
+    num_heads: int = 16,
+    ckv_dim: int = 512,
+    kpe_dim: int = 64,
+    storage: str = "mla",
+    **arguments: Any,
+) -> Problem:
+    """A random problem of `mla_decode`; `arguments` as for `build_problem`."""
+    return build_problem(
+        kv_lens, num_kv_heads=1, group_size=num_heads, head_dim=ckv_dim + kpe_dim, ckv_dim=ckv_dim,
+        storage=storage, **arguments,
+    )  # fmt: skip
 
 
 def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -239,12 +325,9 @@ def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     p, xp = problem, problem.xp
     num_qo_heads = p.q.shape[1]
     group_size = num_qo_heads // p.num_kv_heads
-    k_pages, v_pages = p.k_pages, p.v_pages
-    if p.layout == "HND":
-        k_pages, v_pages = k_pages.transpose(0, 2, 1, 3), v_pages.transpose(0, 2, 1, 3)
-    page_size = k_pages.shape[1]
+    page_size = p.page_size
     table, lens = to_host(p.kv_indices), to_host(p.kv_lens)
-    out = np.zeros(p.q.shape)
+    out = np.zeros(p.out_shape)
     lse = np.full(p.q.shape[:2], -np.inf)
     offsets = np.arange(len(lens) + 1) if p.qo_indptr is None else to_host(p.qo_indptr)
     for b, kv_len in enumerate(lens):
@@ -256,17 +339,37 @@ def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
             if len(visible) == 0:
                 continue
             ids, slots = xp.asarray(row[visible // page_size]), xp.asarray(visible % page_size)
-            # [kv_heads, keys, head_dim], [kv_heads, group, head_dim]
-            keys, values = (to_float64(a[ids, slots]).transpose(1, 0, 2) for a in (k_pages, v_pages))
+            # [kv_heads, keys, dim], [kv_heads, group, head_dim]
+            keys, values = (a.transpose(1, 0, 2) for a in p.gather(ids, slots))
             query = to_float64(p.q[token]).reshape(p.num_kv_heads, group_size, p.head_dim)
             logits = query @ keys.transpose(0, 2, 1) * p.sm_scale
             if p.logits_soft_cap:
                 logits = p.logits_soft_cap * xp.tanh(logits / p.logits_soft_cap)
             weights = xp.exp(logits - logits.max(axis=-1, keepdims=True))
             total = weights.sum(axis=-1, keepdims=True)
-            out[token] = to_host(weights @ values / total).reshape(num_qo_heads, p.head_dim)
+            out[token] = to_host(weights @ values / total).reshape(num_qo_heads, p.value_dim)
             lse[token] = to_host(logits.max(axis=-1) + xp.log(total[..., 0])).reshape(num_qo_heads)
     return out, lse
+
+
+def rotate_as_complex_numbers(x: np.ndarray, positions: Any, rope: Rope | None) -> np.ndarray:
+    """Each token of `x` ([tokens, heads, dim]) rotated: pairs as complex numbers, times exp(i * angle)."""
+    if rope is None:
+        return x.astype(np.float64)
+    dim = rope.rotary_dim or x.shape[-1]
+    freq = (
+        np.array(rope.inv_freq) if rope.inv_freq is not None else rope.theta ** (-np.arange(0, dim, 2) / dim)
+    )
+    turn = np.exp(1j * np.multiply.outer(np.asarray(positions) / rope.scale, freq))[:, None]
+    x = x.astype(np.float64)
+    rotated = x.copy()
+    if rope.interleaved:
+        z = (x[..., 0:dim:2] + 1j * x[..., 1:dim:2]) * turn
+        rotated[..., 0:dim:2], rotated[..., 1:dim:2] = z.real, z.imag
+    else:
+        z = (x[..., : dim // 2] + 1j * x[..., dim // 2 : dim]) * turn
+        rotated[..., :dim] = np.concatenate([z.real, z.imag], axis=-1)
+    return rotated
 
 
 def assert_close(actual: Any, expected: np.ndarray, tolerance: float, what: str = "out") -> None:
@@ -282,6 +385,15 @@ def assert_close(actual: Any, expected: np.ndarray, tolerance: float, what: str 
         f"{[int(i[0]) for i in np.nonzero(bad)]}: {actual[bad][0]} for {expected[bad][0]}; "
         f"largest difference {np.nanmax(error)}"
     )
+
+
+def assert_rounded(actual: Any, expected: np.ndarray, dtype: str, what: object) -> None:
+    """Every number is `expected` (float64) rounded to `dtype`, or off by what float32 arithmetic may add."""
+    actual = to_host(actual).astype(np.float64)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    error = np.abs(actual - expected)
+    bad = ~(error <= ROUNDING[dtype] * np.abs(expected) + 3e-6)
+    assert not bad.any(), f"{what}: {bad.sum()} of {bad.size} wrong, by up to {np.nanmax(error)}"
 
 
 def assert_state(

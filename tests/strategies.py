@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hypothesis import strategies as st
-from problems import STORAGES
+from problems import MLA_STORAGES, STORAGES
 
 from cupyattn.rope import Rope
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+MLA_DIMS = (512, 64)  # of ckv and kpe: what a GPU takes
+MLA_HEADS = (1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 40, 64, 65, 100, 127, 128)
 FIXED_SPLIT_SIZES = st.sampled_from((None, None, None, 64, 128))
 
 
@@ -48,6 +50,27 @@ def problem_arguments(
         "sm_scale": draw(st.sampled_from((None, 0.25, 1.0))),
         "spare_entries": draw(st.integers(0, 2)),
         "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@st.composite
+def mla_arguments(
+    draw: st.DrawFn,
+    *,
+    dims: tuple[tuple[int, int], ...] = (MLA_DIMS,),
+    num_heads: tuple[int, ...] = MLA_HEADS,
+    **limits: Any,
+) -> dict[str, Any]:
+    """Arguments of `build_mla_problem`; `limits` as for `problem_arguments`."""
+    arguments = draw(problem_arguments(**limits))
+    for name in ("num_kv_heads", "group_size", "head_dim", "layout"):
+        del arguments[name]
+    ckv_dim, kpe_dim = draw(st.sampled_from(dims))
+    return arguments | {
+        "storage": draw(st.sampled_from(MLA_STORAGES)),
+        "num_heads": draw(st.sampled_from(num_heads)),
+        "ckv_dim": ckv_dim,
+        "kpe_dim": kpe_dim,
     }
 
 

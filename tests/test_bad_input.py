@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from bad_cases import bits, cases, check, misaligned, part, read_only
 from problems import POISON_PAGE, Guarded, build_problem, to_backend, to_host
 
 import cupyattn
 from cupyattn import PagedKVCache, PageTable, Rope
-
-
-@dataclass
-class Case:
-    """`change` makes arguments to replace some of the good ones with; the message is to match `pattern`."""
-
-    name: str
-    error: type[Exception]
-    pattern: str
-    change: Callable[[Any], dict[str, Any]]
-
-
-def cases(*rows):
-    return pytest.mark.parametrize("case", [pytest.param(Case(*row), id=row[0]) for row in rows])
-
-
-def bits(a: Any) -> bytes:
-    return np.ascontiguousarray(to_host(a)).tobytes()
-
-
-def arrays_of(value: Any) -> list[Any]:
-    """All arrays reachable from an argument."""
-    if isinstance(value, PagedKVCache):
-        return [value.k_pages, value.v_pages]
-    if isinstance(value, PageTable):
-        return arrays_of([value.kv_indptr, value.kv_indices, value.kv_lens])
-    if isinstance(value, list | tuple):
-        return [a for item in value for a in arrays_of(item)]
-    return [value] if hasattr(value, "shape") and hasattr(value, "dtype") else []
-
-
-def check(function: Callable[..., Any], good: dict[str, Any], case: Case, xp: Any) -> None:
-    cache = good.get("cache")
-    a = SimpleNamespace(**good, xp=xp, zeros=lambda *shape: xp.zeros(shape, "f2"))
-    if cache is not None:
-        a.k_pages, a.v_pages = cache.k_pages, cache.v_pages
-    change = case.change(a)
-    arguments = good | change
-    if function is cupyattn.decode and "q" in change:  # the outputs may no longer suit, and are not the point
-        arguments = {
-            name: arguments[name] for name in arguments if name in change or name not in ("out", "lse")
-        }
-    arrays = arrays_of(list(arguments.values())) + arrays_of(list(good.values()))
-    before = [bits(a) for a in arrays]
-    with pytest.raises(case.error, match=case.pattern) as caught:
-        function(**arguments)
-    assert type(caught.value) is case.error
-    assert re.match(rf"{function.__name__}|PagedKVCache|Rope", str(caught.value)), "says who complains"
-    assert [bits(a) for a in arrays] == before, "something was written"
 
 
 def problem(xp: Any, **changes: Any) -> Any:
@@ -85,11 +33,6 @@ def ragged(values: list[int]) -> Callable[[Any], dict[str, Any]]:
 
 def validated(**changes: Any) -> Callable[[Any], dict[str, Any]]:
     return lambda a: {"pages": table(a.xp, **changes), "validate": True}
-
-
-def part(a: Any, begin: int, *shape: int) -> Any:
-    """Elements of `a` from `begin` on, as an array of that shape."""
-    return a.reshape(-1)[begin : begin + math.prod(shape)].reshape(shape)
 
 
 # decode
@@ -264,19 +207,6 @@ def test_decode_of_numpy_arrays(case):
     arguments = {"q": good.q, "cache": good.cache, "pages": good.pages}
     arguments |= {"out": np.zeros((3, 8, 64), "f2"), "lse": np.zeros((3, 8), "f4")}
     check(cupyattn.decode, arguments, case, np)
-
-
-def read_only(a: Any) -> Any:
-    view = a.view()
-    view.flags.writeable = False
-    return view
-
-
-def misaligned(a: Any) -> Any:
-    """A copy of `a` that starts 2 bytes off."""
-    copy = cupyattn.get_array_module(a).zeros(a.size + 1, a.dtype)[1:].reshape(a.shape)
-    copy[...] = a
-    return copy
 
 
 def roomy(a: Any, num_pages: int) -> PageTable:

@@ -6,6 +6,7 @@ All but what needs a device by nature runs on NumPy too, in small, so that the t
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from device import (
-    Pool,
+    Changing,
+    assert_neighbours_change_no_bit,
     assert_right,
     attend,
+    bits_of_requests,
     capture,
     check,
+    check_where_another_kernel_holds_the_sms,
+    decode_bytes,
     freed,
     misses,
     new_stream,
+    pick,
     poison,
+    replay_often,
+    replay_pairs,
+    size,
     unused_stream,
 )
 from hypothesis import HealthCheck, given, settings
@@ -34,25 +43,6 @@ import cupyattn
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000"))
 DTYPES = ("float16", "bfloat16")
 GROUPS = (1, 4, 5, 7, 8, 16)
-
-
-def size(xp, on_device, on_host):
-    return on_host if xp is np else on_device
-
-
-@pytest.fixture(scope="session")
-def pools():
-    """Random pages by (module, dtype), made once."""
-    made = {}
-
-    def pool(xp, dtype):
-        key = (xp.__name__, dtype)
-        if key not in made:
-            made[key] = Pool(xp, dtype, size(xp, 1 << 26, 1 << 20))
-        return made[key]
-
-    yield pool
-    made.clear()
 
 
 # -- the reference of these tests, against the oracle of all tests --
@@ -190,6 +180,20 @@ def test_little_or_nothing(xp, kv_lens, qo_lens, dense):
         assert np.isneginf(to_host(lse)).all()
 
 
+@pytest.mark.parametrize("kv_len", [20, 3000])  # in one part, in several
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_nan_in_a_visible_key_is_not_hidden(xp, head_dim, kv_len):
+    problem = build_problem([kv_len, kv_len], page_size=4, head_dim=head_dim, dtype="float16", xp=xp)
+    problem.writable()[0][int(problem.kv_indices[0]), 1, 0, 7] = math.nan
+    out, lse = (to_host(x) for x in problem.call(cupyattn.decode, return_lse=True))
+    group_size = out.shape[1] // problem.num_kv_heads
+    assert np.isnan(out[0, :group_size]).all()  # a logit is NaN, and with it all weights
+    assert np.isnan(lse[0, :group_size]).all()
+    for state in (out, lse):
+        assert np.isfinite(state[0, group_size:]).all()
+        assert np.isfinite(state[1]).all()
+
+
 @pytest.mark.parametrize("batch", [127, 128, 129, 300, 1100])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_more_requests_than_threads(xp, batch, ragged):
@@ -280,11 +284,6 @@ def test_offsets_beyond_32_bits(gpu, layout):
 # -- the same bits every time --
 
 
-def decode_bytes(problem, **more):
-    out, lse = problem.call(cupyattn.decode, return_lse=True, **more)
-    return to_host(out).tobytes() + to_host(lse).tobytes()
-
-
 @pytest.mark.parametrize("fixed_split_size", [None, 512])
 @pytest.mark.parametrize("qo_lens", [None, [3, 40, 0, 1]])
 @pytest.mark.parametrize("head_dim", [80, 128, 256])  # rows of partials that share warps, fill one, fill two
@@ -356,33 +355,6 @@ def test_fixed_splits_change_nothing_on_numpy():
     assert decode_bytes(problem, fixed_split_size=np.int64(128)) == decode_bytes(problem)
 
 
-def pick(problem, requests):
-    """The batch of these requests of a problem with a CSR table, in this order."""
-    xp = problem.xp
-
-    def rows(values, indptr):
-        begins = to_host(indptr)
-        picked = np.concatenate([np.arange(begins[b], begins[b + 1]) for b in requests])
-        ends = np.cumsum(np.diff(begins)[requests])
-        return values[xp.asarray(picked)], xp.asarray(np.concatenate([[0], ends]).astype(np.int32))
-
-    kv_indices, kv_indptr = rows(problem.kv_indices, problem.kv_indptr)
-    chosen = problem.replace(
-        kv_indptr=kv_indptr, kv_indices=kv_indices, kv_lens=problem.kv_lens[xp.asarray(requests)]
-    )
-    if problem.qo_indptr is None:
-        return chosen.replace(q=problem.q[xp.asarray(requests)])
-    q, qo_indptr = rows(problem.q, problem.qo_indptr)
-    return chosen.replace(q=q, qo_indptr=qo_indptr)
-
-
-def bits_of_requests(problem, **more):
-    """What `decode` gives each request of a batch, in bytes."""
-    out, lse = (to_host(a) for a in problem.call(cupyattn.decode, return_lse=True, **more))
-    begins = range(len(out) + 1) if problem.qo_indptr is None else to_host(problem.qo_indptr)
-    return [out[a:b].tobytes() + lse[a:b].tobytes() for a, b in itertools.pairwise(begins)]
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("fixed_split_size", [64, 512])
 @pytest.mark.parametrize(
@@ -404,14 +376,7 @@ def test_neighbours_change_no_bit(xp, group_size, head_dim, options, fixed_split
     every = build_problem(
         kv_lens, qo_lens=qo_lens, group_size=group_size, num_kv_heads=1, head_dim=head_dim, xp=xp, **options
     )
-    alone = [
-        bits_of_requests(pick(every, [b]), fixed_split_size=fixed_split_size)[0] for b in range(len(kv_lens))
-    ]
-    threes = ([0, 1, 2], [2, 0, 30], [17, 5, 0], [1, 1, 1])
-    for batch in map(list, (*threes, range(40), range(39, -1, -1), rng.permutation(40))):
-        found = bits_of_requests(pick(every, batch), fixed_split_size=fixed_split_size)
-        for place, (b, bits) in enumerate(zip(batch, found, strict=True)):
-            assert bits == alone[b], f"request {b} of {kv_lens[b]} keys, at place {place} of {len(batch)}"
+    assert_neighbours_change_no_bit(every, fixed_split_size)
 
 
 def test_a_token_beside_prompts_is_the_token_alone(xp):
@@ -455,75 +420,6 @@ def test_workspace_of_fixed_splits(gpu, num_kv_heads, qo_lens):
 # -- CUDA graphs --
 
 
-class Changing:
-    """A problem whose lengths, tables and queries are rewritten in place, at random, within fixed shapes."""
-
-    def __init__(
-        self, xp, pool, *, dense, ragged, head_dim, group_size, window_left=-1, fixed_split_size=None, batch=11
-    ):  # fmt: skip
-        self.mode = {"fixed_split_size": fixed_split_size}
-        self.xp, self.rng, self.page_size = xp, np.random.default_rng(batch), 16
-        self.longest, self.dense, self.ragged = size(xp, 6000, 150), dense, ragged
-        self.problem = pool.problem(
-            [self.longest] * batch, page_size=self.page_size, num_kv_heads=2, group_size=group_size,
-            head_dim=head_dim, dense=dense, qo_lens=[6] * batch if ragged else None, window_left=window_left,
-        )  # fmt: skip
-        self.out = xp.empty_like(self.problem.q)
-        self.lse = xp.empty(self.problem.q.shape[:2], np.float32)
-
-    def call(self, **more):
-        self.problem.call(cupyattn.decode, **({"out": self.out, "lse": self.lse} | self.mode | more))
-
-    def workspace(self):
-        p = self.problem
-        num_bytes = cupyattn.decode_workspace_bytes(p.q, p.cache, p.pages, qo_indptr=p.qo_indptr, **self.mode)
-        return cupyattn.decode_workspace(num_bytes=num_bytes)
-
-    def change(self):
-        p, xp, rng = self.problem, self.xp, self.rng
-        batch = len(p.kv_lens)
-        scale = rng.choice([0, 1, 64, 300, self.longest])  # all empty, tiny, ..., from one CTA to all
-        lens = rng.integers(0, min(scale, self.longest) + 1, batch)
-        lens[rng.random(batch) < 0.2] = 0
-        lens[rng.random(batch) < 0.1] = self.longest
-        table = rng.integers(0, len(p.bases[0]), (batch, -(-self.longest // self.page_size) + 1))
-        table[np.arange(table.shape[1]) >= -(-lens // self.page_size)[:, None]] = POISON_PAGE
-        if self.dense:
-            p.kv_indices[...] = xp.asarray(table.astype(np.int32))
-        else:  # the rows packed anew: offsets change too
-            held = -(-lens // self.page_size)
-            packed = np.full(p.kv_indices.shape, POISON_PAGE, np.int32)
-            rows = table[np.arange(table.shape[1]) < held[:, None]]
-            packed[: len(rows)] = rows
-            p.kv_indices[...] = xp.asarray(packed)
-            p.kv_indptr[...] = xp.asarray(np.concatenate([[0], np.cumsum(held)]).astype(np.int32))
-        p.kv_lens[...] = xp.asarray(lens.astype(np.int32))
-        if self.ragged:  # another split of the same number of tokens
-            cuts = np.sort(rng.integers(0, len(p.q) + 1, batch - 1))
-            p.qo_indptr[...] = xp.asarray(np.concatenate([[0], cuts, [len(p.q)]]).astype(np.int32))
-        p.q[...] = xp.random.default_rng(int(rng.integers(2**31))).standard_normal(
-            p.q.shape, dtype=np.float32
-        ).astype(p.q.dtype)  # fmt: skip
-        poison(self.out)
-        poison(self.lse)
-
-    def misses(self):
-        return misses(self.out, self.lse, attend(self.problem), self.problem.dtype, self.xp)
-
-
-def replay_often(xp, changing, stream, replay, times):
-    """Change, replay, compare; only the counts of misses come back, at the end."""
-    counts = []
-    for _ in range(times):
-        with stream:
-            changing.change()
-            replay()
-            counts.append(changing.misses())
-    stream.synchronize()
-    wrong = [i for i, count in enumerate(counts) if int(count)]
-    assert not wrong, f"{len(wrong)} of {times} replays are wrong, the first is {wrong[0]}"
-
-
 GRAPHS = {
     "dense": {"dense": True, "ragged": False, "head_dim": 128, "group_size": 4},
     "csr": {"dense": False, "ragged": False, "head_dim": 64, "group_size": 16},
@@ -553,42 +449,8 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace, mode):
 def test_ten_thousand_replays(xp, pools, kind, record_property):
     """Of two launches each, the second of which starts while the first is finishing (`pdl`)."""
     changing = Changing(xp, pools(xp, "bfloat16"), **GRAPHS[kind])
-    p, times = changing.problem, size(xp, 5000, 20)
-    names = [
-        name
-        for name in ("q", "kv_indptr", "kv_indices", "kv_lens", "qo_indptr")
-        if getattr(p, name) is not None
-    ]
-    states = []
-    for _ in range(size(xp, 50, 5)):
-        changing.change()
-        states.append(([getattr(p, name).copy() for name in names], attend(p)))
-    other_out, other_lse = xp.empty_like(changing.out), xp.empty_like(changing.lse)
-
-    def launch_twice():
-        changing.call()
-        changing.call(out=other_out, lse=other_lse, pdl=True)
-
-    launch_twice()  # loads the kernel, on another stream
-    stream = new_stream(xp)
-    if xp is not np:
-        xp.cuda.Device().synchronize()
-    replay = capture(xp, stream, launch_twice)
-    with stream:
-        counts = xp.zeros(times, np.int64)
-        for i, pick in enumerate(np.random.default_rng(0).integers(len(states), size=times)):
-            values, expected = states[pick]
-            for name, value in zip(names, values, strict=True):
-                getattr(p, name)[...] = value
-            for a in (changing.out, changing.lse, other_out, other_lse):
-                poison(a)
-            replay()
-            counts[i] = misses(changing.out, changing.lse, expected, p.dtype, xp)
-            counts[i] += (changing.out.view(np.uint16) != other_out.view(np.uint16)).sum()
-            counts[i] += (changing.lse != other_lse).sum()
-    stream.synchronize()
-    wrong = np.flatnonzero(to_host(counts))
-    assert not len(wrong), f"{len(wrong)} of {times} replays are wrong, the first is {wrong[0]}"
+    times = size(xp, 5000, 20)
+    replay_pairs(xp, changing, times, num_states=size(xp, 50, 5))
     record_property("replays", times)
 
 
@@ -741,13 +603,6 @@ def test_streams_have_workspaces_of_their_own(gpu):
     assert not first.any()  # back at zero
 
 
-_HOG = r"""
-extern "C" __global__ void hog(long long num_clocks) {  // all of an SM that a block can take
-  for (const long long begin = clock64(); clock64() - begin < num_clocks;) {}
-}
-"""
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
@@ -759,30 +614,7 @@ def test_where_another_kernel_holds_the_sms(gpu, fixed_split_size, num_kv_heads)
     problem = build_problem(
         [20_000, 3000, 0, 700], num_kv_heads=num_kv_heads, group_size=8, head_dim=128, xp=gpu
     )
-    properties = gpu.cuda.runtime.getDeviceProperties(gpu.cuda.runtime.getDevice())
-    num_sms, shared = properties["multiProcessorCount"], properties["sharedMemPerBlockOptin"]
-    hog = gpu.RawKernel(_HOG, "hog")
-    hog.max_dynamic_shared_size_bytes = shared
-    operands = problem.q, problem.cache, problem.pages
-    mode = {"fixed_split_size": fixed_split_size}
-    workspace = cupyattn.decode_workspace(num_bytes=cupyattn.decode_workspace_bytes(*operands, **mode))
-    mode["workspace"] = workspace
-    expected = decode_bytes(problem, **mode)
-    streams = [unused_stream(gpu), unused_stream(gpu)]
-    for held in (num_sms - 1, num_sms // 2, num_sms // 8):
-        out, lse = gpu.empty_like(problem.q), gpu.empty(problem.q.shape[:2], np.float32)
-        poison(out)
-        gpu.cuda.Device().synchronize()
-        with streams[0]:
-            hog((held,), (32,), (np.int64(50_000_000),), shared_mem=shared)  # 25 to 30 ms
-        with streams[1]:
-            problem.call(cupyattn.decode, out=out, lse=lse, **mode)
-        streams[1].synchronize()
-        nobody_waited = not streams[0].done
-        gpu.cuda.Device().synchronize()
-        assert nobody_waited
-        assert to_host(out).tobytes() + to_host(lse).tobytes() == expected
-        assert not workspace.any()
+    check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size)
 
 
 @pytest.mark.gpu

@@ -4,90 +4,15 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 from types import ModuleType
 
-import ml_dtypes
 import numpy as np
 import pytest
+from frameworks import Framework, arguments, bfloat16
 from problems import TOLERANCE, assert_close, build_problem, oracle, to_backend
 
 import cupyattn
 from cupyattn import PagedKVCache, PageTable, Rope, checks, interop, reference
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take three quarters of the GPU
-bfloat16 = np.dtype(ml_dtypes.bfloat16)
-
-
-class Framework:
-    """One framework on one device: how arrays go in and out."""
-
-    def __init__(self, name: str, device: str) -> None:
-        self.name, self.device = name, device
-        self.module = pytest.importorskip(name)
-        if device == "gpu":
-            self.need_gpu()
-
-    def need_gpu(self) -> None:
-        if self.name == "torch" and not self.module.cuda.is_available():
-            pytest.skip("torch sees no GPU")
-        if self.name == "jax":
-            try:
-                self.module.devices("gpu")
-            except RuntimeError as error:
-                pytest.skip(f"JAX sees no GPU: {error}".partition("\n")[0])
-
-    def array(self, a):
-        """Copy a NumPy array."""
-        if a is None:
-            return None
-        if self.name == "jax":
-            return self.module.device_put(a.copy(), self.module.devices(self.device)[0])
-        if a.dtype == bfloat16:
-            tensor = self.module.from_numpy(a.view(np.int16).copy()).view(self.module.bfloat16)
-        else:
-            tensor = self.module.from_numpy(a.copy())
-        return tensor.cuda() if self.device == "gpu" else tensor
-
-    def numpy(self, a):
-        assert self.owns(a)
-        if self.name == "jax":
-            return np.asarray(a)
-        a = a.cpu()
-        return (
-            a.view(self.module.int16).numpy().view(bfloat16) if a.dtype == self.module.bfloat16 else a.numpy()
-        )
-
-    def owns(self, a) -> bool:
-        if self.name == "jax":
-            return isinstance(a, self.module.Array) and {d.platform for d in a.devices()} == {self.device}
-        return isinstance(a, self.module.Tensor) and a.is_cuda == (self.device == "gpu")
-
-
-@pytest.fixture(
-    params=[
-        ("torch", "cpu"), pytest.param(("torch", "gpu"), marks=pytest.mark.gpu),
-        ("jax", "cpu"), pytest.param(("jax", "gpu"), marks=pytest.mark.gpu),
-    ],
-    ids="-".join,
-)  # fmt: skip
-def framework(request):
-    return Framework(*request.param)
-
-
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def torch(request):
-    return Framework("torch", request.param)
-
-
-def arguments(framework, problem, *, pair=False):
-    """(q, cache, pages), options of `problem` as arrays of the framework."""
-    k, v = (framework.array(np.ascontiguousarray(a)) for a in (problem.k_pages, problem.v_pages))
-    cache = (k, v) if pair else PagedKVCache(k, v, layout=problem.layout)
-    pages = PageTable(*map(framework.array, (problem.kv_indptr, problem.kv_indices, problem.kv_lens)))
-    options = problem.options | {"qo_indptr": framework.array(problem.qo_indptr)}
-    return (framework.array(problem.q), cache, pages), options
-
 
 PROBLEMS = {
     "csr": {"kv_lens": [0, 5, 300, 64], "dtype": "float16"},

@@ -8,7 +8,16 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from problems import DTYPES, POISON_PAGE, STORAGES, assert_close, assert_state, build_problem, oracle
+from problems import (
+    DTYPES,
+    POISON_PAGE,
+    STORAGES,
+    assert_close,
+    assert_state,
+    build_problem,
+    oracle,
+    rotate_as_complex_numbers,
+)
 
 from cupyattn import reference
 from cupyattn.cache import PagedKVCache, PageTable
@@ -172,24 +181,6 @@ def test_large_page_ids_and_entries():
 
 
 # Rope
-
-
-def rotate_as_complex_numbers(x, positions, rope):
-    """Pairs as complex numbers, times exp(i * angle)."""
-    dim = rope.rotary_dim or x.shape[-1]
-    freq = (
-        np.array(rope.inv_freq) if rope.inv_freq is not None else rope.theta ** (-np.arange(0, dim, 2) / dim)
-    )
-    turn = np.exp(1j * np.multiply.outer(np.asarray(positions) / rope.scale, freq))[:, None]
-    x = x.astype(np.float64)
-    rotated = x.copy()
-    if rope.interleaved:
-        z = (x[..., 0:dim:2] + 1j * x[..., 1:dim:2]) * turn
-        rotated[..., 0:dim:2], rotated[..., 1:dim:2] = z.real, z.imag
-    else:
-        z = (x[..., : dim // 2] + 1j * x[..., dim // 2 : dim]) * turn
-        rotated[..., :dim] = np.concatenate([z.real, z.imag], axis=-1)
-    return rotated
 
 
 ROPES = [

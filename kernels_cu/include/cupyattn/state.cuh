@@ -54,11 +54,11 @@ struct SoftmaxState {
   // Weight of a key; the caller has raised the maximum and adds weight * value to its `out`.
   __device__ __forceinline__ float weight(float logit) const { return exp2_approx(logit - offset()); }
 
-  // 1 / sum, or 0 for the empty state, so that an empty row gives out = 0.
-  __device__ __forceinline__ float inverse_sum() const { return sum > 0.0f ? reciprocal_approx(sum) : 0.0f; }
+  // 1 / sum, or 0 for the empty state, so that an empty row gives out = 0. A sum that is NaN is not empty: it stays NaN.
+  __device__ __forceinline__ float inverse_sum() const { return sum == 0.0f ? 0.0f : reciprocal_approx(sum); }
 
   __device__ __forceinline__ float lse_log2() const {
-    return sum > 0.0f ? max + log2_approx(sum) : neg_infinity();
+    return sum == 0.0f ? neg_infinity() : max + log2_approx(sum);
   }
 };
 
