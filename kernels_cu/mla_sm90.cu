@@ -13,10 +13,10 @@
 //   keys, values   2 x 72 KiB
 // A row of the tile is (query token, query head): row = token * num_heads + head.
 
+#include "cupyattn/barrier.cuh"
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/launch.cuh"
-#include "cupyattn/mbarrier.cuh"
 #include "cupyattn/paged.cuh"
 #include "cupyattn/partials.cuh"
 #include "cupyattn/run.cuh"
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(384, 1)
         constexpr int kScratchRow = kColumns + 8;  // floats: 8 more spread a warp's pairs over all banks
         static_assert(kConsumers / 32 * 8 * kScratchRow * 4 <= kTileBytes);
         float* smem_scratch = reinterpret_cast<float*>(smem_kv + stage * kTileBytes) + warp * 8 * kScratchRow;
-        named_barrier<kConsumers>(1);  // all are done with the tile, and with the queries
+        sync_threads<kConsumers>();  // all are done with the tile, and with the queries
         if (lane == 0) mbarrier_arrive(q_empty);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -408,8 +408,7 @@ __global__ void __launch_bounds__(384, 1)
       if (++stage == kStages) stage = 0;
     }
   }
-  // The producers are gone; barriers of the CTA are the consumers' from here on.
-  named_barrier<kConsumers>(1);
+  sync_threads<kConsumers>();
   merge_apart<kConsumers>(smem_run_end, ctas, partials, output, reinterpret_cast<float*>(smem_q));
 }
 

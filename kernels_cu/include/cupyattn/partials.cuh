@@ -15,6 +15,7 @@
 // States are merged in an order that their number alone decides, so results do not depend on who came when.
 #pragma once
 
+#include "cupyattn/barrier.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/types.cuh"
 
@@ -293,7 +294,7 @@ __device__ __forceinline__ void merge_many_lines(const Partials<kHeadDim, kTileQ
   }
 }
 
-// Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; all threads of a CTA must call it.
+// Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; threads 0 .. kThreads - 1 call it.
 // `kManyLines`: with few states, a lane asks for those of several lines at once.
 // `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
 // once. `scratch`: shared memory, 24 floats a warp.
@@ -396,7 +397,7 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
         own[0] = acc.x, own[1] = acc.y, own[2] = acc.z, own[3] = acc.w, own[4] = state.max,
         own[5] = state.sum;
       }
-      __syncthreads();
+      sync_threads<kThreads>();
       if (threadIdx.x < 4) {
 #pragma unroll 1
         for (int w = 1; w < kWarps; ++w) {
@@ -425,7 +426,7 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
         if (lane % 4 == 0) store_relaxed(partials.lse_at(slot, own_line), 0.0f);
       }
     }
-    if (wide) __syncthreads();  // the scratch memory is free again
+    if (wide) sync_threads<kThreads>();  // the scratch memory is free again
   }
 }
 

@@ -1,6 +1,7 @@
 // What kernels that walk runs of KV tiles have in common: what a tile is, where results go, how a run ends.
 #pragma once
 
+#include "cupyattn/barrier.cuh"
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/partials.cuh"
@@ -87,7 +88,7 @@ struct Output {
   }
 };
 
-// This CTA's share of the group that `tile` has ended a segment of; all threads must call it.
+// This CTA's share of the group that `tile` has ended a segment of; threads 0 .. kThreads - 1 call it.
 // `scratch`: shared memory, 24 floats a warp.
 template <int kThreads, bool kFixedSplits, bool kManyLines, typename T, int kHeadDim, int kTileQ>
 __device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& partials,
@@ -124,7 +125,7 @@ struct RunEnd {
     cp_async_commit();
   }
 
-  // All threads: this CTA's share of the groups that it has only a part of, and what CTAs that have departed left.
+  // Threads 0 .. kThreads - 1: this CTA's share of the groups that it has only a part of, and what CTAs that have departed left.
   template <int kThreads, bool kFixedSplits, bool kManyLines, typename T, int kHeadDim, int kTileQ>
   __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas,
                                         const Partials<kHeadDim, kTileQ>& partials,
@@ -135,15 +136,18 @@ struct RunEnd {
       num_departed = ctas.end(counts[0], shared);
       if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;
     }
-    for (bool has_more = true; has_more;) {
-      __syncthreads();
+    while (true) {
+      sync_threads<kThreads>();  // the shares are there
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         if (shared[i].num_sharers > 1)
           merge_share<kThreads, kFixedSplits, kManyLines>(partials, output, shared[i], scratch);
       }
       if (num_departed <= 0) return;
-      has_more = __syncthreads_or(asks && ctas.take(num_departed, shared));
+      sync_threads<kThreads>();  // all are done with them
+      if (asks && !ctas.take(num_departed, shared)) {
+        shared[0].num_sharers = shared[1].num_sharers = num_departed = 0;
+      }
     }
   }
 };

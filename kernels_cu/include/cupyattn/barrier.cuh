@@ -1,10 +1,16 @@
-// Barriers in shared memory that count arrivals, of threads and of asynchronous copies (sm_90 and up), and registers
-// that warpgroups pass on to each other.
+// Barriers of some of a CTA's threads; barriers in shared memory that count arrivals, of threads and of asynchronous
+// copies (sm_90 and up); registers that warpgroups pass on to each other.
 #pragma once
 
 #include "cupyattn/types.cuh"
 
 namespace cupyattn {
+
+// Threads 0 .. kThreads - 1, whole warps, wait for each other; others may have exited.
+template <int kThreads>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
+}
 
 #if __CUDA_ARCH__ >= 900
 
@@ -30,12 +36,6 @@ __device__ __forceinline__ void mbarrier_wait(u32 smem_barrier, u32 parity) {
       :
       : "r"(smem_barrier), "r"(parity)
       : "memory");
-}
-
-// Barrier `id` (1 .. 15) of so many threads, whole warps.
-template <int kThreads>
-__device__ __forceinline__ void named_barrier(int id) {
-  asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(kThreads) : "memory");
 }
 
 #endif
