@@ -249,7 +249,7 @@ def roomy(a: Any, num_pages: int) -> PageTable:
     ("workspace used for something else", ValueError, "workspace must be all zeros",
      lambda a: {"workspace": a.xp.ones(1 << 26, "u1"), "validate": True}),
     ("workspace too small for fixed splits", ValueError, "workspace must be .*see decode_workspace_bytes",
-     lambda a: {"workspace": cupyattn.decode_workspace(), "fixed_split_size": 64, "pages": roomy(a, 1 << 14)}),
+     lambda a: {"workspace": cupyattn.decode_workspace(), "fixed_split_size": 64, "pages": roomy(a, 1 << 15)}),
     ("too many fixed splits", ValueError, "fixed_split_size = 64 makes up to 196608 splits .*more than 131072",
      lambda a: {"fixed_split_size": 64, "pages": roomy(a, 1 << 18)}),
     ("workspace within out", ValueError, "workspace must not overlap out",

@@ -392,7 +392,7 @@ def test_a_token_beside_prompts_is_the_token_alone(xp):
 def test_workspace_of_fixed_splits(gpu, num_kv_heads, qo_lens):
     """Nothing past its end is written; it serves calls of both modes in turn."""
     problem = build_problem(
-        [40_000, 0, 3000], qo_lens=qo_lens, num_kv_heads=num_kv_heads, head_dim=128, xp=gpu
+        [80_000, 0, 3000], qo_lens=qo_lens, num_kv_heads=num_kv_heads, head_dim=128, xp=gpu
     )
 
     def num_bytes(size):
