@@ -1,0 +1,134 @@
+"""The host's side of runs, and the shapes of the kernels that walk them: none of it needs a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cupyattn import kernels, runs
+from cupyattn.cache import PageTable
+from cupyattn.runtime import CI_ARCHS
+from cupyattn.schedule import Request
+
+ROWS = (1, 8, 16, 17, 32, 33, 64, 128, 2176)
+
+
+@st.composite
+def steps(draw: st.DrawFn):
+    """Lengths, query tokens of each request, rows a token, page size, entries that no token needs."""
+    lens = draw(st.lists(st.integers(0, 3000), min_size=1, max_size=6))
+    single = draw(st.booleans())
+    tokens = [1 if single else draw(st.integers(0, 40)) for _ in lens]
+    group_size = draw(st.sampled_from((1, 5, 16, 128)))
+    page_size = draw(st.sampled_from((1, 3, 16, 64)))
+    return lens, tokens, single, group_size, page_size, draw(st.integers(0, 3)), draw(st.booleans())
+
+
+@given(steps(), st.sampled_from((32, 64, 256)), st.sampled_from((8, 16, 64)))
+def test_max_units_bounds_every_step(step, size, tile_q):
+    """Fewer slots than fixed splits would end in a trap on the device."""
+    lens, tokens, single, group_size, page_size, spare, dense = step
+    held = [-(-n // page_size) + spare for n in lens]
+    if dense:
+        table = np.zeros((len(lens), max(held)), np.int32)
+        pages = PageTable.from_dense(table, np.array(lens, np.int32))
+    else:
+        indptr = np.concatenate([[0], np.cumsum(held)]).astype(np.int32)
+        pages = PageTable(indptr, np.zeros(indptr[-1], np.int32), np.array(lens, np.int32))
+    requests = [Request(t, n) for t, n in zip(tokens, lens, strict=True)]
+    needed = sum(request.num_units(1, group_size, tile_q, size) for request in requests)
+    bound = runs.max_units(size, sum(tokens) * group_size, single, tile_q, page_size, pages)
+    assert bound >= needed
+
+
+def test_max_units_of_equal_requests_is_exact():
+    pages = PageTable.from_dense(np.zeros((8, 64), np.int32), np.full(8, 1024, np.int32))
+    assert runs.max_units(64, 8 * 16, True, 16, 16, pages) == 8 * 16
+    assert runs.max_units(64, 8 * 128, True, 64, 16, pages) == 8 * 16 * 2
+
+
+@pytest.mark.parametrize("arch", CI_ARCHS)
+def test_every_shape_of_the_mla_kernel_fits(arch):
+    for rows, fixed_splits in itertools.product(ROWS, (False, True)):
+        config = kernels.mla_config(arch, rows, fixed_splits)
+        assert config in kernels.mla_configs(arch, fixed_splits)
+        assert config.shared_bytes + 3 * 1024 <= kernels.shared_bytes_per_sm(arch)
+        assert 64 % config.tile_kv == 0  # a fixed split is whole tiles
+
+
+def test_shapes_of_the_sm90_kernel():
+    assert kernels.mla_sm90_config(16, 64, 132) is None  # 1 x 4096, 16 heads
+    assert kernels.mla_sm90_config(128, 64, 132) is None  # 512 tiles of 16 rows on 132 SMs
+    assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 256)] == [
+        16, 16, 32, 32, 64, 64,
+    ]  # fmt: skip
+    instances = set(kernels.MLA_SM90_DECODE.instances_for("sm_90a"))
+    for rows in ROWS:
+        config = kernels.mla_sm90_config(rows, 10**6, 132)
+        assert config.shared_bytes + 3 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
+        assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
+    assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
+
+
+@pytest.mark.parametrize("arch", CI_ARCHS)
+def test_every_choice_of_mla_decode_is_compiled_ahead(arch):
+    instances = set(kernels.MLA_DECODE.instances_for(arch))
+    for dtype, rows in itertools.product(kernels.DECODE_DTYPES, ROWS):
+        plain = kernels.mla_config(arch, min(rows, 16) if arch == "sm_90a" else rows)
+        assert kernels.mla_template(dtype, plain) in instances
+        assert kernels.mla_template(dtype, kernels.mla_config(arch, rows, True), True) in instances
+
+
+@pytest.mark.parametrize(
+    ("workspace", "error", "pattern"),
+    [
+        (np.zeros(100, np.int32), TypeError, "workspace must have dtype uint8, got int32"),
+        (np.zeros(99, np.uint8), ValueError, r"at least 100 bytes .*got shape \[99\]"),
+        (np.zeros((2, 100), np.uint8), ValueError, r"got shape \[2, 100\]"),
+        (np.zeros(400, np.uint8)[::2], ValueError, "workspace must be contiguous"),
+    ],
+)
+def test_bad_workspaces(workspace, error, pattern):
+    with pytest.raises(error, match=f"^who: .*{pattern}"):
+        runs.check_workspace("who", workspace, 100)
+
+
+def test_good_workspaces():
+    runs.check_workspace("who", None, 100)
+    runs.check_workspace("who", np.zeros(100, np.uint8), 100)
+
+
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [(63, ValueError), (96, ValueError), (0, ValueError), (-64, ValueError), (64.0, TypeError)],
+)
+def test_bad_split_sizes(size, error):
+    with pytest.raises(error, match=r"^who: fixed_split_size must be"):
+        runs.as_split_size("who", size)
+
+
+def test_good_split_sizes():
+    assert runs.as_split_size("who", None) is None
+    assert runs.as_split_size("who", np.int64(64)) == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "pattern"),
+    [
+        ({"sm_scale": None}, TypeError, "sm_scale"),
+        ({"sm_scale": float("nan")}, ValueError, "sm_scale"),
+        ({"window_left": -2}, ValueError, r"window_left must be within -1..2\*\*31 - 1, got -2"),
+        ({"window_left": 2**31}, ValueError, "window_left"),
+        ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be at least 0, got -1.0"),
+        ({"pdl": 1}, TypeError, "pdl"),
+    ],
+)
+def test_bad_options(changes, error, pattern):
+    good = {"sm_scale": 0.1, "window_left": -1, "logits_soft_cap": 0.0, "pdl": False}
+    assert runs.check_options("who", **good) == (0.1, -1, 0.0)
+    with pytest.raises(error, match=f"^who: {pattern}"):
+        runs.check_options("who", **(good | changes))
