@@ -607,7 +607,7 @@ def test_streams_have_workspaces_of_their_own(gpu):
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
 def test_where_another_kernel_holds_the_sms(gpu, fixed_split_size, num_kv_heads):
-    """CTAs that end before all have started leave their lines to the last to start: the bits are the same.
+    """CTAs that end before all have started leave their lines to those that end later: the bits are the same.
 
     Those that waited instead would hold the few places that are left for as long as the other kernel runs.
     """

@@ -644,7 +644,7 @@ def test_two_streams_at_once(xp, fixed_split_size):
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
 @pytest.mark.parametrize("num_heads", [16, 64, 128])
 def test_where_another_kernel_holds_the_sms(gpu, num_heads, fixed_split_size):
-    """CTAs that end before all have started leave their lines to the last to start: the bits are the same."""
+    """CTAs that end before all have started leave their lines to those that end later: the bits are the same."""
     problem = build(gpu, [20_000, 3000, 0, 700], num_heads=num_heads)
     check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size)
 
