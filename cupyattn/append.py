@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from cupyattn import checks, interop, kernels, reference
+from cupyattn.attention import TABLES
 from cupyattn.cache import PagedKVCache, PageTable, as_cache, as_operand
 from cupyattn.plan import Plan, PlanCache
 from cupyattn.rope import Rope
@@ -84,133 +85,160 @@ def append(
     1.0
     """
     if interop.is_foreign(k):
-        if checks.framework_of(k) == "jax":
-            raise TypeError(
-                "append: cache cannot be of JAX arrays, which are immutable; keep it in CuPy or NumPy"
-            )
+        refuse_jax("append", k)
         return interop.call(
             append, k, k, v, cache, pages, qo_indptr=qo_indptr, rope=rope, q=q, q_out=q_out, validate=validate
         )
-    held = as_operand("append", cache)
+    return store(_plans, (k, v, as_operand("append", cache), q, q_out, qo_indptr, pages), rope, validate)
+
+
+def refuse_jax(caller: str, rows: Any) -> None:
+    """Raise TypeError for a JAX array: its cache would be of them too."""
+    if checks.framework_of(rows) == "jax":
+        raise TypeError(
+            f"{caller}: cache cannot be of JAX arrays, which are immutable; keep it in CuPy or NumPy"
+        )
+
+
+def store(plans: PlanCache[AppendPlan], operands: tuple[Any, ...], rope: Rope | None, validate: bool) -> Any:
+    """Do the work of `append` or `mla_append`; `operands` are those of their plans."""
+    rows, _, cache, _, _, qo_indptr, pages = operands
     if not isinstance(pages, PageTable):
-        raise TypeError(f"append: pages must be a PageTable, got {type(pages).__name__}")
+        raise TypeError(f"{plans.caller}: pages must be a PageTable, got {type(pages).__name__}")
     if rope is not None and not isinstance(rope, Rope):
-        raise TypeError(f"append: rope must be a Rope, got {type(rope).__name__}")
-    operands = (k, v, held, q, q_out, qo_indptr, pages)
-    plan, place = _plans.find(operands, rope)
+        raise TypeError(f"{plans.caller}: rope must be a Rope, got {type(rope).__name__}")
+    plan, pointers = plans.find(operands, (rope,))
     if validate:
-        cache = as_cache(held)
+        cache = as_cache(cache)
         checks.validate_pages(
-            "append", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
-            num_tokens=k.shape[0],
+            plan.caller, pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
+            num_tokens=rows.shape[0],
         )  # fmt: skip
-    return plan.run(operands, place)
+    return plan.run(operands, pointers)
 
 
-class _AppendPlan(Plan):
-    caller = "append"
-    operand_names = (
-        "k", "v", ("k_pages", "v_pages"), "q", "q_out", "qo_indptr", ("kv_indptr", "kv_indices", "kv_lens"),
-    )  # fmt: skip
-    written = ("k_pages", "v_pages", "q_out")
-    apart = (
-        ("k_pages", "k"), ("k_pages", "v"), ("k_pages", "q"),
-        ("v_pages", "k"), ("v_pages", "v"), ("v_pages", "q"),
-        ("q_out", "k"), ("q_out", "v"), ("q_out", "k_pages"), ("q_out", "v_pages"), ("q_out", "q"),
-    )  # fmt: skip
-    may_coincide = (("q_out", "q"),)
+class AppendPlan(Plan):
+    """Operands: two arrays of new rows, the cache, queries, where to write those, `qo_indptr`, the page table."""
+
+    row_names: ClassVar[tuple[str, str]]
+    row_patterns: ClassVar[tuple[str, str]]  # of one token, in sizes of the cache
+    page_names: ClassVar[tuple[str, str]]
+    query_names: ClassVar[tuple[str, str]]
+    query_dim: ClassVar[str]  # which of the sizes is rotated
+
+    def __init_subclass__(cls) -> None:
+        rows, pages, (q, q_out) = cls.row_names, cls.page_names, cls.query_names
+        cls.operand_names = (*rows, pages, q, q_out, "qo_indptr", TABLES)
+        cls.written = (*pages, q_out)
+        cls.apart = (
+            *((a, b) for a in pages for b in (*rows, q)),
+            *((q_out, b) for b in (*rows, *pages, q)),
+        )
+        cls.may_coincide = ((q_out, q),)
 
     def __init__(self, operands: tuple[Any, ...], rope: Rope | None) -> None:
         super().__init__(operands)
-        k, v, cache, q, q_out, qo_indptr, pages = operands
+        *rows, cache, q, q_out, qo_indptr, pages = operands
         cache = as_cache(cache)
+        q_name, q_out_name = self.query_names
         if q is None and q_out is not None:
-            raise ValueError("append: q_out needs q, got None")
+            raise ValueError(f"{self.caller}: {q_out_name} needs {q_name}, got None")
         tokens = "batch" if qo_indptr is None else "total_tokens"
-        signature = {
-            "k": (k, f"{tokens} num_kv_heads head_dim"),
-            "v": (v, f"{tokens} num_kv_heads head_dim"),
-            "kv_lens": (pages.kv_lens, "batch"),
-        }
-        for name, a, pattern in (
-            ("qo_indptr", qo_indptr, "batch+1"),
-            ("q", q, f"{tokens} num_qo_heads head_dim"),
-            ("q_out", q_out, f"{tokens} num_qo_heads head_dim"),
-        ):
-            if a is not None:
-                signature[name] = (a, pattern)
-        settled = {"num_kv_heads": cache.num_kv_heads, "head_dim": cache.head_dim}
-        checks.check_arrays("append", signature, settled)
-        for name in ("k", "v", "q", "q_out"):
-            if name in signature:
-                checks.check_same_dtype(f"append: {name}", signature[name][0], "k_pages", cache.k_pages)
-                checks.check_last_axis_contiguous(f"append: {name}", signature[name][0])
-        if qo_indptr is not None:
-            checks.check_dtype("append: qo_indptr", qo_indptr, "int32")
-            checks.check_last_axis_contiguous("append: qo_indptr", qo_indptr)
+        query_pattern = f"{tokens} num_qo_heads {self.query_dim}"
+        patterns = {}
+        for name, a, pattern in zip(self.row_names, rows, self.row_patterns, strict=True):
+            checks.check_is_array(f"{self.caller}: {name}", a)
+            patterns[name] = (a, f"{tokens} {pattern}")
+        patterns["kv_lens"] = (pages.kv_lens, "batch")
+        patterns["qo_indptr"] = (qo_indptr, "batch+1")
+        patterns[q_name], patterns[q_out_name] = (q, query_pattern), (q_out, query_pattern)
+        sizes = {name: getattr(cache, name) for name in " ".join(self.row_patterns).split()}
+        self._check_arrays(patterns, sizes)
+        like = self.page_names[0]
+        for name in (*self.row_names, *self.query_names):
+            self._check_rows(name, patterns[name][0], like, getattr(cache, like))
+        self._check_offsets(qo_indptr)
         if rope is not None:
-            rope.inv_freq_array(cache.head_dim)  # raises if it does not fit
+            rope.inv_freq_array(sizes[self.query_dim])  # raises if it does not fit
         self.rope = rope
-        self._prepare(k, v, cache, q, q_out, pages)
+        if self.device is not None:
+            self._prepare(rows, cache, q, q_out, pages, sizes)
 
-    def _prepare(self, k: Any, v: Any, cache: PagedKVCache, q: Any, q_out: Any, pages: PageTable) -> None:
-        """Settle what only this backend needs. No array may be kept: a plan outlives them."""
-
-
-class _NumpyPlan(_AppendPlan):
-    def _run(self, operands: tuple[Any, ...], place: tuple[int, ...]) -> Any:
-        k, v, cache, q, q_out, qo_indptr, pages = operands
-        reference.append(k, v, as_cache(cache), pages, qo_indptr=qo_indptr, rope=self.rope)
-        if q is None:
-            return None
-        rotated = reference.rotate_queries(q, pages, qo_indptr, self.rope)
-        if q_out is None:
-            return rotated
-        q_out[...] = rotated
-        return q_out
-
-
-class _CupyPlan(_AppendPlan):
-    device: int
-
-    def _prepare(self, k: Any, v: Any, cache: PagedKVCache, q: Any, q_out: Any, pages: PageTable) -> None:
-        checks.check_dtype("append: k", k, kernels.DECODE_DTYPES)
-        head_dim = cache.head_dim
-        if head_dim % 2 or head_dim > 512:
-            raise ValueError(f"append: head_dim must be even and at most 512 on a GPU, got {head_dim}")
-        mode, self.inv_freq_ptr, rotary_dim = NO_ROPE, 0, 0
+    def _prepare(
+        self, rows: list[Any], cache: Any, q: Any, q_out: Any, pages: PageTable, sizes: dict[str, int]
+    ) -> None:
+        """Settle the launch. No array may be kept: a plan outlives them."""
+        checks.check_dtype(f"{self.caller}: {self.row_names[0]}", rows[0], kernels.DECODE_DTYPES)
+        for name, size in sizes.items():
+            if name.endswith("_dim") and (size % 2 or size > 512):
+                raise ValueError(f"{self.caller}: {name} must be even and at most 512 on a GPU, got {size}")
+        query_dim = sizes[self.query_dim]
+        mode, inv_freq_ptr, rotary_dim = NO_ROPE, 0, 0
         if self.rope is not None:
             mode = INTERLEAVED if self.rope.interleaved else HALF_SPLIT
-            inv_freq = turns_on_device(self.rope, head_dim, self.device)
-            self.inv_freq_ptr, rotary_dim = inv_freq.data.ptr, 2 * inv_freq.shape[0]
-        self.launcher = None
-        if k.shape[0]:
-            kernel = get_kernel("append", kernels.CUDA_TYPES[checks.dtype_name(k)], device=self.device)
-            self.launcher = kernel.prepare(k.shape[0], kernels.APPEND_THREADS)
+            inv_freq = turns_on_device(self.rope, query_dim, self.device)
+            inv_freq_ptr, rotary_dim = inv_freq.data.ptr, 2 * inv_freq.shape[0]
         num_qo_heads = 0 if q is None else q.shape[1]
         q_strides = checks.element_strides(q)[:2] if q is not None else (0, 0)
         q_out_strides = (
-            checks.element_strides(q_out)[:2] if q_out is not None else (num_qo_heads * head_dim, head_dim)
+            checks.element_strides(q_out)[:2] if q_out is not None else (num_qo_heads * query_dim, query_dim)
         )
         table_row_stride = checks.element_strides(pages.kv_indices)[0] if pages.is_dense else 0
-        self.constants = (
-            *checks.element_strides(k)[:2], *checks.element_strides(v)[:2], *cache.k_strides, *cache.v_strides,
-            *q_strides, *q_out_strides, pages.batch_size, cache.num_kv_heads, num_qo_heads, head_dim, head_dim,
-            cache.page_size, table_row_stride, rotary_dim, mode,
+        strides, num_kv_heads, v_dim = self._layout(rows, cache)
+        arguments = (
+            *(None,) * 10, inv_freq_ptr, *strides, *q_strides, *q_out_strides, pages.batch_size, num_kv_heads,
+            num_qo_heads, query_dim, v_dim, cache.page_size, table_row_stride, rotary_dim, mode,
         )  # fmt: skip
+        num_tokens = rows[0].shape[0]
+        self.launcher = None
+        if num_tokens:
+            kernel = get_kernel("append", kernels.CUDA_TYPES[checks.dtype_name(rows[0])], device=self.device)
+            self.launcher = kernel.prepare(num_tokens, kernels.APPEND_THREADS, arguments=arguments)
 
-    def _run(self, operands: tuple[Any, ...], place: tuple[int, ...]) -> Any:
-        _, _, _, q, q_out, _, _ = operands
+    def _layout(self, rows: list[Any], cache: Any) -> tuple[tuple[int, ...], int, int]:
+        """Return the kernel's strides of rows and pages, the number of KV heads, and `v_head_dim`."""
+        raise NotImplementedError
+
+    def _reference(self, operands: tuple[Any, ...]) -> None:
+        """Store the rows, in NumPy."""
+        raise NotImplementedError
+
+    def _run(self, operands: tuple[Any, ...], pointers: tuple[int, ...], options: Any) -> Any:
+        _, _, _, q, q_out, qo_indptr, pages = operands
         if q is not None and q_out is None:
             q_out = self.xp.empty(q.shape, q.dtype)
-        if self.launcher is not None:
-            inputs, tables = place[:5], place[6:]  # q_out, which may be new, comes between them
+        if self.device is None:
+            self._reference(operands)
+            if q is not None:
+                q_out[...] = reference.rotate_queries(q, pages, qo_indptr, self.rope)
+        elif self.launcher is not None:
             q_out_ptr = 0 if q_out is None else q_out.data.ptr
-            self.launcher((*inputs, q_out_ptr, *tables, self.inv_freq_ptr, *self.constants))
+            self.launcher.launch_plain((*pointers[:5], q_out_ptr, *pointers[6:]), self.current_stream().ptr)
         return q_out
 
 
-_plans: PlanCache[_AppendPlan] = PlanCache(_NumpyPlan, _CupyPlan)
+class _AppendPlan(AppendPlan):
+    caller = "append"
+    row_names = ("k", "v")
+    row_patterns = ("num_kv_heads head_dim", "num_kv_heads head_dim")
+    page_names = ("k_pages", "v_pages")
+    query_names = ("q", "q_out")
+    query_dim = "head_dim"
+
+    def _layout(self, rows: list[Any], cache: PagedKVCache) -> tuple[tuple[int, ...], int, int]:
+        k_strides, v_strides = (checks.element_strides(a)[:2] for a in rows)
+        return (
+            (*k_strides, *v_strides, *cache.k_strides, *cache.v_strides),
+            cache.num_kv_heads,
+            cache.head_dim,
+        )
+
+    def _reference(self, operands: tuple[Any, ...]) -> None:
+        k, v, cache, _, _, qo_indptr, pages = operands
+        reference.append(k, v, as_cache(cache), pages, qo_indptr=qo_indptr, rope=self.rope)
+
+
+_plans: PlanCache[AppendPlan] = PlanCache(_AppendPlan)
 
 
 @functools.cache  # without bound: captured graphs hold the addresses

@@ -466,9 +466,9 @@ def as_operand(caller: str, cache: PagedKVCache | tuple[Any, Any]) -> PagedKVCac
     return PagePair({"k_pages": k_pages, "v_pages": v_pages})
 
 
-def as_cache(operand: PagedKVCache | PagePair) -> PagedKVCache:
+def as_cache(operand: PagedKVCache | PagedMLACache | PagePair) -> Any:
     """Return the operand as a cache; a pair is in NHD layout, and is checked now."""
-    return operand if isinstance(operand, PagedKVCache) else PagedKVCache(operand.k_pages, operand.v_pages)
+    return PagedKVCache(operand.k_pages, operand.v_pages) if isinstance(operand, PagePair) else operand
 
 
 class OutOfPages(RuntimeError):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cupyattn import checks, interop, kernels, mla, reference, runs
+from cupyattn import checks, interop, kernels, mla, reference
+from cupyattn.attention import OUTPUTS, TABLES, AttentionPlan, attend
 from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable, as_cache, as_operand
-from cupyattn.plan import Plan, PlanCache
-from cupyattn.runs import Runs, as_split_size, check_options
+from cupyattn.plan import PlanCache
+from cupyattn.runs import Runs, as_split_size
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
 
@@ -115,20 +113,10 @@ def decode(
             logits_soft_cap=logits_soft_cap, return_lse=return_lse, out=out, lse=lse, workspace=workspace,
             pdl=pdl, fixed_split_size=fixed_split_size, validate=validate,
         )  # fmt: skip
-    held = as_operand("decode", cache)
-    if not isinstance(pages, PageTable):
-        raise TypeError(f"decode: pages must be a PageTable, got {type(pages).__name__}")
-    operands = (q, held, pages, qo_indptr, out, lse, workspace)
-    plan, place = _plans.find(operands, as_split_size("decode", fixed_split_size))
-    if sm_scale is None:
-        sm_scale = plan.sm_scale
-    sm_scale, window_left, logits_soft_cap = check_options(
-        "decode", sm_scale, window_left, logits_soft_cap, pdl
+    operands = (q, as_operand("decode", cache), qo_indptr, pages, out, lse, workspace)
+    return attend(
+        _plans, operands, fixed_split_size, sm_scale, window_left, logits_soft_cap, return_lse, pdl, validate
     )
-    if validate:
-        runs.validate("decode", q, as_cache(held), pages, qo_indptr, workspace, window_left)
-    out, lse = plan.run(operands, place, sm_scale, window_left, logits_soft_cap, return_lse, pdl)
-    return (out, lse) if return_lse else out
 
 
 def decode_workspace_bytes(
@@ -178,120 +166,45 @@ def decode_workspace_bytes(
         raise TypeError(f"decode_workspace_bytes: q must be a CuPy array, got {type(first).__name__}")
     if not isinstance(pages, PageTable):
         raise TypeError(f"decode_workspace_bytes: pages must be a PageTable, got {type(pages).__name__}")
+    others = (qo_indptr, pages, None, None, None)
     if isinstance(cache, PagedMLACache):
-        return mla.needed_workspace_bytes(q, cache, pages, qo_indptr, fixed_split_size)
-    operands = (q, as_operand("decode_workspace_bytes", cache), pages, qo_indptr, None, None, None)
-    plan, _ = _plans.find(operands, as_split_size("decode", fixed_split_size))
-    return plan.needed_bytes
+        plans = mla.plans
+        operands: tuple[Any, ...] = (*mla.query_parts(q), cache, *others)
+    else:
+        plans, operands = _plans, (q, as_operand("decode_workspace_bytes", cache), *others)
+    return plans.make(operands, (as_split_size(plans.caller, fixed_split_size),)).needed_bytes
 
 
-_TABLES = ("kv_indptr", "kv_indices", "kv_lens")
-_INPUTS = ("q", "k_pages", "v_pages", *_TABLES, "qo_indptr")
-_OUTPUTS = ("out", "lse", "workspace")
-
-
-class _DecodePlan(Plan):
+class _DecodePlan(AttentionPlan):
     caller = "decode"
-    operand_names = ("q", ("k_pages", "v_pages"), _TABLES, "qo_indptr", *_OUTPUTS)
-    written = ("out", "lse")
-    apart = tuple((a, b) for i, a in enumerate(_OUTPUTS) for b in (*_INPUTS, *_OUTPUTS[:i]))
+    operand_names = ("q", ("k_pages", "v_pages"), "qo_indptr", TABLES, *OUTPUTS)
 
-    needed_bytes = 0  # of workspace
-
-    def __init__(self, operands: tuple[Any, ...], fixed_split_size: int | None) -> None:
-        super().__init__(operands)
-        q, cache, pages, qo_indptr, out, lse, workspace = operands
-        self.fixed_split_size = fixed_split_size
-        cache = as_cache(cache)
-        signature = {
-            "q": (q, "batch num_qo_heads head_dim" if qo_indptr is None else "total_q num_qo_heads head_dim"),
-            "kv_lens": (pages.kv_lens, "batch"),
-        }
-        if qo_indptr is not None:
-            signature["qo_indptr"] = (qo_indptr, "batch+1")
-        if out is not None:
-            signature["out"] = (out, " ".join(str(n) for n in q.shape))
-        if lse is not None:
-            signature["lse"] = (lse, " ".join(str(n) for n in q.shape[:2]))
-        sizes = checks.check_arrays("decode", signature, {"head_dim": cache.head_dim})
-        checks.check_same_dtype("decode: q", q, "k_pages", cache.k_pages)
-        checks.check_last_axis_contiguous("decode: q", q)
+    def _check(self, operands: tuple[Any, ...], cache: PagedKVCache, tokens: str) -> None:
+        q, out = operands[0], operands[-3]
+        sizes = self._check_shapes(
+            operands,
+            {"q": (q, f"{tokens} num_qo_heads head_dim")},
+            " ".join(map(str, q.shape)),
+            {"head_dim": cache.head_dim},
+        )
+        self._check_rows("q", q, "k_pages", cache.k_pages)
         checks.check_divisible(
             "decode: num_qo_heads", sizes["num_qo_heads"], "num_kv_heads", cache.num_kv_heads
         )
-        if qo_indptr is not None:
-            checks.check_dtype("decode: qo_indptr", qo_indptr, "int32")
-            checks.check_last_axis_contiguous("decode: qo_indptr", qo_indptr)
-        if out is not None:
-            checks.check_same_dtype("decode: out", out, "q", q)
-            checks.check_last_axis_contiguous("decode: out", out)
-        if lse is not None:
-            checks.check_dtype("decode: lse", lse, "float32")
+        self._check_rows("out", out, "q", q)
+        self.out_shape = q.shape
         self.sm_scale = 1.0 / math.sqrt(cache.head_dim)
-        self._prepare(q, cache, pages, qo_indptr is None, out, lse, workspace)
 
-    def _prepare(
-        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any, workspace: Any
-    ) -> None:
-        """Settle what only this backend needs. No array may be kept: a plan outlives them."""
-        raise NotImplementedError
-
-
-class _NumpyPlan(_DecodePlan):
-    def _prepare(
-        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any, workspace: Any
-    ) -> None:
-        if workspace is not None:
-            raise TypeError("decode: workspace is for CUDA arrays, got one with NumPy arrays")
-
-    def _run(
-        self,
-        operands: tuple[Any, ...],
-        place: tuple[int, ...],
-        sm_scale: float,
-        window_left: int,
-        logits_soft_cap: float,
-        return_lse: bool,
-        pdl: bool,
-    ) -> tuple[Any, Any]:
-        q, cache, pages, qo_indptr, out, lse, _ = operands
-        result, result_lse = reference.decode(
-            q,
-            as_cache(cache),
-            pages,
-            sm_scale=sm_scale,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            qo_indptr=qo_indptr,
-        )
-        if out is None:
-            out = result.astype(q.dtype)
-        else:
-            out[...] = result.astype(q.dtype)
-        if lse is None:
-            lse = result_lse.astype(np.float32) if return_lse else None
-        else:
-            lse[...] = result_lse
-        return out, lse
-
-
-class _CupyPlan(_DecodePlan):
-    device: int
-
-    def _prepare(
-        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any, workspace: Any
-    ) -> None:
-        checks.check_dtype("decode: q", q, kernels.DECODE_DTYPES)
+    def _check_dims(self, cache: PagedKVCache) -> None:
         if cache.head_dim not in kernels.DECODE_HEAD_DIMS:
             supported = ", ".join(map(str, kernels.DECODE_HEAD_DIMS))
             raise ValueError(f"decode: head_dim must be one of {supported} on a GPU, got {cache.head_dim}")
-        for name, a in (("q", q), ("k_pages", cache.k_pages), ("v_pages", cache.v_pages), ("out", out)):
-            if a is not None:
-                checks.check_aligned_strides(f"decode: {name}", a)
-        self.needed_bytes = runs.workspace_bytes(self.device)
+
+    def _prepare(
+        self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any
+    ) -> None:
         num_tokens, num_qo_heads, head_dim = q.shape
         batch_size, group_size = pages.batch_size, num_qo_heads // cache.num_kv_heads
-        self.runs: Runs | None = None
         if num_tokens > 0 and batch_size > 0:
             # Rows that a KV head's tile holds on average; the device finds the true counts. Any choice is right, but
             # another one rounds differently: a batch-invariant one must not depend on the batch.
@@ -304,62 +217,14 @@ class _CupyPlan(_DecodePlan):
                 config.shared_bytes(head_dim), head_dim, num_rows=num_tokens * group_size, single=single,
                 num_kv_heads=cache.num_kv_heads, page_size=cache.page_size, pages=pages, fixed_split_size=size,
             )  # fmt: skip
-            self.needed_bytes = self.runs.needed_bytes
-            strides_of_out = (
-                checks.element_strides(out)[:2] if out is not None else (num_qo_heads * head_dim, head_dim)
-            )
-            strides_of_lse = checks.element_strides(lse) if lse is not None else (num_qo_heads, 1)
-            self.constants = (
-                *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *strides_of_out,
-                *strides_of_lse, batch_size, cache.num_kv_heads, *kernels.divisor(group_size),
-                *kernels.divisor(cache.page_size), *self.runs.table_arguments,
+            self.runs.fix(
+                *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *self._output_strides(out, lse),
+                batch_size, cache.num_kv_heads, *kernels.divisor(group_size), *kernels.divisor(cache.page_size),
             )  # fmt: skip
-        runs.check_workspace("decode", workspace, self.needed_bytes)
 
-    def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
-        super().check_addresses(arrays, place)
-        if self.runs is not None:
-            for name, address in zip(self.array_names, place, strict=True):
-                if name in ("q", "k_pages", "v_pages", "out", "workspace") and address % 16:
-                    raise ValueError(f"decode: {name} must be aligned to 16 bytes, got address {address:#x}")
-
-    def _run(
-        self,
-        operands: tuple[Any, ...],
-        place: tuple[int, ...],
-        sm_scale: float,
-        window_left: int,
-        logits_soft_cap: float,
-        return_lse: bool,
-        pdl: bool,
-    ) -> tuple[Any, Any]:
-        q, _, _, _, out, lse, workspace = operands
-        cupy = self.xp
-        if out is None:
-            out = cupy.empty(q.shape, q.dtype)
-        if lse is None and return_lse:
-            lse = cupy.empty(q.shape[:2], np.float32)
-        if self.runs is not None:
-            q_ptr, k_ptr, v_ptr, kv_indptr_ptr, kv_indices_ptr, kv_lens_ptr, qo_indptr_ptr, *_ = place
-            lse_ptr = 0 if lse is None else lse.data.ptr
-            self.runs(
-                (
-                    q_ptr,
-                    k_ptr,
-                    v_ptr,
-                    qo_indptr_ptr,
-                    kv_indptr_ptr,
-                    kv_indices_ptr,
-                    kv_lens_ptr,
-                    out.data.ptr,
-                    lse_ptr,
-                ),
-                workspace,
-                (*self.constants, window_left, sm_scale, logits_soft_cap),
-                cupy.cuda.get_current_stream().ptr,
-                pdl,
-            )
-        return out, lse
+    def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
+        q, cache, qo_indptr, pages, *_ = operands
+        return reference.decode(q, as_cache(cache), pages, qo_indptr=qo_indptr, **options)
 
 
-_plans: PlanCache[_DecodePlan] = PlanCache(_NumpyPlan, _CupyPlan)
+_plans: PlanCache[AttentionPlan] = PlanCache(_DecodePlan)

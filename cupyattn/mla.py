@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cupyattn import checks, interop, kernels, reference, runs
-from cupyattn.append import HALF_SPLIT, INTERLEAVED, NO_ROPE, turns_on_device
+from cupyattn import checks, interop, kernels, reference
+from cupyattn.append import AppendPlan, refuse_jax, store
+from cupyattn.attention import OUTPUTS, TABLES, AttentionPlan, attend
 from cupyattn.cache import PagedMLACache, PageTable
-from cupyattn.plan import Plan, PlanCache
+from cupyattn.plan import PlanCache
 from cupyattn.rope import Rope
-from cupyattn.runs import Runs, as_split_size, check_options
+from cupyattn.runs import Runs, max_units
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
 
@@ -94,35 +93,21 @@ def mla_decode(
     >>> bool(np.allclose(w_uv @ out[0, 0], weights @ (ckv @ w_uv.T) / weights.sum(), atol=1e-5))
     True
     """
-    q_ckv, q_kpe = _query_parts(q)
+    q_ckv, q_kpe = query_parts(q)
     if interop.is_foreign(q_ckv):
         return interop.call(
             mla_decode, q_ckv, q, cache, pages, sm_scale=sm_scale, qo_indptr=qo_indptr, window_left=window_left,
             logits_soft_cap=logits_soft_cap, return_lse=return_lse, out=out, lse=lse, workspace=workspace, pdl=pdl,
             fixed_split_size=fixed_split_size, validate=validate,
         )  # fmt: skip
-    _check_groups("mla_decode", cache, pages)
-    operands = (q_ckv, q_kpe, cache, pages, qo_indptr, out, lse, workspace)
-    plan, place = _plans.find(operands, as_split_size("mla_decode", fixed_split_size))
-    sm_scale, window_left, logits_soft_cap = check_options(
-        "mla_decode", sm_scale, window_left, logits_soft_cap, pdl
+    check_cache("mla_decode", cache)
+    operands = (q_ckv, q_kpe, cache, qo_indptr, pages, out, lse, workspace)
+    return attend(
+        plans, operands, fixed_split_size, sm_scale, window_left, logits_soft_cap, return_lse, pdl, validate
     )
-    if validate:
-        runs.validate("mla_decode", q_ckv, cache, pages, qo_indptr, workspace, window_left)
-    out, lse = plan.run(operands, place, sm_scale, window_left, logits_soft_cap, return_lse, pdl)
-    return (out, lse) if return_lse else out
 
 
-def needed_workspace_bytes(
-    q: Any, cache: PagedMLACache, pages: PageTable, qo_indptr: Any, fixed_split_size: int | None
-) -> int:
-    """Do the work of `decode_workspace_bytes`, for `mla_decode`."""
-    operands = (*_query_parts(q), cache, pages, qo_indptr, None, None, None)
-    plan, _ = _plans.find(operands, as_split_size("mla_decode", fixed_split_size))
-    return plan.needed_bytes
-
-
-def _query_parts(q: Any) -> tuple[Any, Any]:
+def query_parts(q: Any) -> tuple[Any, Any]:
     """Return (q_ckv, q_kpe), or (q, None) for one array."""
     if not isinstance(q, tuple | list):
         return q, None
@@ -133,143 +118,49 @@ def _query_parts(q: Any) -> tuple[Any, Any]:
     return q[0], q[1]
 
 
-def _check_groups(caller: str, cache: Any, pages: Any) -> None:
+def check_cache(caller: str, cache: Any) -> None:
+    """Raise TypeError unless it is a PagedMLACache."""
     if not isinstance(cache, PagedMLACache):
         raise TypeError(f"{caller}: cache must be a PagedMLACache, got {type(cache).__name__}")
-    if not isinstance(pages, PageTable):
-        raise TypeError(f"{caller}: pages must be a PageTable, got {type(pages).__name__}")
 
 
-_TABLES = ("kv_indptr", "kv_indices", "kv_lens")
-_INPUTS = ("q", "q_kpe", "ckv_pages", "kpe_pages", *_TABLES, "qo_indptr")
-_OUTPUTS = ("out", "lse", "workspace")
-
-
-class _MLAPlan(Plan):
+class _MLAPlan(AttentionPlan):
     caller = "mla_decode"
-    operand_names = ("q", "q_kpe", ("ckv_pages", "kpe_pages"), _TABLES, "qo_indptr", *_OUTPUTS)
-    written = ("out", "lse")
-    apart = tuple((a, b) for i, a in enumerate(_OUTPUTS) for b in (*_INPUTS, *_OUTPUTS[:i]))
+    operand_names = ("q", "q_kpe", ("ckv_pages", "kpe_pages"), "qo_indptr", TABLES, *OUTPUTS)
 
-    needed_bytes = 0  # of workspace
-
-    def __init__(self, operands: tuple[Any, ...], fixed_split_size: int | None) -> None:
-        super().__init__(operands)
-        q, q_kpe, cache, pages, qo_indptr, out, lse, workspace = operands
-        self.fixed_split_size = fixed_split_size
-        tokens = "batch" if qo_indptr is None else "total_q"
-        settled = {"ckv_dim": cache.ckv_dim, "kpe_dim": cache.kpe_dim}
+    def _check(self, operands: tuple[Any, ...], cache: PagedMLACache, tokens: str) -> None:
+        q, q_kpe, out = *operands[:2], operands[-3]
+        sizes = {"ckv_dim": cache.ckv_dim, "kpe_dim": cache.kpe_dim}
         if q_kpe is None:
-            settled["row_dim"] = cache.ckv_dim + cache.kpe_dim
-            signature = {"q": (q, f"{tokens} num_qo_heads row_dim")}
+            sizes["row_dim"] = cache.ckv_dim + cache.kpe_dim
+            queries = {"q": (q, f"{tokens} num_qo_heads row_dim")}
         else:
-            signature = {
+            queries = {
                 "q_ckv": (q, f"{tokens} num_qo_heads ckv_dim"),
                 "q_kpe": (q_kpe, f"{tokens} num_qo_heads kpe_dim"),
             }
-        for name, a in signature.items():
-            checks.check_is_array(f"mla_decode: {name}", a[0])
-        signature["kv_lens"] = (pages.kv_lens, "batch")
-        if qo_indptr is not None:
-            signature["qo_indptr"] = (qo_indptr, "batch+1")
-        if out is not None:
-            signature["out"] = (out, f"{tokens} num_qo_heads ckv_dim")
-        if lse is not None:
-            signature["lse"] = (lse, f"{tokens} num_qo_heads")
-        checks.check_arrays("mla_decode", signature, settled)
-        for name in ("q", "q_ckv", "q_kpe", "out"):
-            if name in signature:
-                a = signature[name][0]
-                checks.check_same_dtype(f"mla_decode: {name}", a, "ckv_pages", cache.ckv_pages)
-                checks.check_last_axis_contiguous(f"mla_decode: {name}", a)
+        self._check_shapes(operands, queries, f"{tokens} num_qo_heads ckv_dim", sizes)
+        for name, (a, _) in queries.items():
+            self._check_rows(name, a, "ckv_pages", cache.ckv_pages)
+        self._check_rows("out", out, "ckv_pages", cache.ckv_pages)
         if 0 in q.shape[1:]:
             raise ValueError(f"mla_decode: q must have at least one head, got shape {list(q.shape)}")
-        if qo_indptr is not None:
-            checks.check_dtype("mla_decode: qo_indptr", qo_indptr, "int32")
-            checks.check_last_axis_contiguous("mla_decode: qo_indptr", qo_indptr)
-        if lse is not None:
-            checks.check_dtype("mla_decode: lse", lse, "float32")
         self.out_shape = (*q.shape[:2], cache.ckv_dim)
-        self._prepare(q, q_kpe, cache, pages, qo_indptr is None, out, lse, workspace)
+        self.q_kpe_offset = cache.ckv_dim * q.dtype.itemsize  # from q on, where that is one array
 
-    def _prepare(
-        self, q: Any, q_kpe: Any, cache: PagedMLACache, pages: PageTable, single: bool, out: Any, lse: Any,
-        workspace: Any,
-    ) -> None:  # fmt: skip
-        """Settle what only this backend needs. No array may be kept: a plan outlives them."""
-        raise NotImplementedError
-
-
-class _NumpyPlan(_MLAPlan):
-    def _prepare(
-        self, q: Any, q_kpe: Any, cache: PagedMLACache, pages: PageTable, single: bool, out: Any, lse: Any,
-        workspace: Any,
-    ) -> None:  # fmt: skip
-        if workspace is not None:
-            raise TypeError("mla_decode: workspace is for CUDA arrays, got one with NumPy arrays")
-
-    def _run(
-        self,
-        operands: tuple[Any, ...],
-        place: tuple[int, ...],
-        sm_scale: float,
-        window_left: int,
-        logits_soft_cap: float,
-        return_lse: bool,
-        pdl: bool,
-    ) -> tuple[Any, Any]:
-        q, q_kpe, cache, pages, qo_indptr, out, lse, _ = operands
-        if q_kpe is None:
-            q, q_kpe = q[..., : cache.ckv_dim], q[..., cache.ckv_dim :]
-        result, result_lse = reference.mla_decode(
-            q,
-            q_kpe,
-            cache,
-            pages,
-            sm_scale=sm_scale,
-            window_left=window_left,
-            logits_soft_cap=logits_soft_cap,
-            qo_indptr=qo_indptr,
-        )
-        if out is None:
-            out = result.astype(q.dtype)
-        else:
-            out[...] = result.astype(q.dtype)
-        if lse is None:
-            lse = result_lse.astype(np.float32) if return_lse else None
-        else:
-            lse[...] = result_lse
-        return out, lse
-
-
-class _CupyPlan(_MLAPlan):
-    device: int
-
-    def _prepare(
-        self, q: Any, q_kpe: Any, cache: PagedMLACache, pages: PageTable, single: bool, out: Any, lse: Any,
-        workspace: Any,
-    ) -> None:  # fmt: skip
-        checks.check_dtype("mla_decode: q", q, kernels.DECODE_DTYPES)
+    def _check_dims(self, cache: PagedMLACache) -> None:
         ckv_dim, kpe_dim = kernels.MLA_DIMS
         if (cache.ckv_dim, cache.kpe_dim) != kernels.MLA_DIMS:
             raise ValueError(
                 f"mla_decode: cache must have ckv_dim = {ckv_dim} and kpe_dim = {kpe_dim} on a GPU, "
                 f"got {cache.ckv_dim} and {cache.kpe_dim}"
             )
-        named = {
-            "q": q,
-            "q_kpe": q_kpe,
-            "ckv_pages": cache.ckv_pages,
-            "kpe_pages": cache.kpe_pages,
-            "out": out,
-        }
-        for name, a in named.items():
-            if a is not None:
-                checks.check_aligned_strides(f"mla_decode: {name}", a)
-        self.needed_bytes = runs.workspace_bytes(self.device)
-        num_tokens, num_qo_heads = q.shape[:2]
+
+    def _prepare(
+        self, q: Any, q_kpe: Any, cache: PagedMLACache, pages: PageTable, single: bool, out: Any, lse: Any
+    ) -> None:
+        num_tokens, num_qo_heads, ckv_dim = self.out_shape
         batch_size = pages.batch_size
-        self.runs: Runs | None = None
         if num_tokens > 0 and batch_size > 0:
             # As decode chooses: by the rows of a request on average; with fixed splits, of one token.
             size = self.fixed_split_size
@@ -277,7 +168,7 @@ class _CupyPlan(_MLAPlan):
             arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
             config: kernels.MLAConfig | kernels.MLASm90Config | None = None
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
-                num_tiles = runs.max_units(64, batch_size, True, 1, cache.page_size, pages)
+                num_tiles = max_units(64, batch_size, True, 1, cache.page_size, pages)
                 config = kernels.mla_sm90_config(rows, num_tiles, device_properties(self.device).num_sms)
                 rows = min(rows, 16)
             if config is not None:
@@ -290,72 +181,26 @@ class _CupyPlan(_MLAPlan):
                 "mla_decode", kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
                 single=single, num_kv_heads=1, page_size=cache.page_size, pages=pages, fixed_split_size=size,
             )  # fmt: skip
-            self.needed_bytes = self.runs.needed_bytes
-            strides_of_q = checks.element_strides(q)[:2]
-            strides_of_q_kpe = strides_of_q if q_kpe is None else checks.element_strides(q_kpe)[:2]
-            strides_of_out = (
-                checks.element_strides(out)[:2] if out is not None else (num_qo_heads * ckv_dim, ckv_dim)
-            )
-            strides_of_lse = checks.element_strides(lse) if lse is not None else (num_qo_heads, 1)
-            self.constants = (
-                *strides_of_q, *strides_of_q_kpe, *checks.element_strides(cache.ckv_pages)[:2],
-                *checks.element_strides(cache.kpe_pages)[:2], *strides_of_out, *strides_of_lse, batch_size,
-                *kernels.divisor(num_qo_heads), *kernels.divisor(cache.page_size), *self.runs.table_arguments,
+            q_strides = checks.element_strides(q)[:2]
+            self.runs.fix(
+                *q_strides, *(q_strides if q_kpe is None else checks.element_strides(q_kpe)[:2]),
+                *checks.element_strides(cache.ckv_pages)[:2], *checks.element_strides(cache.kpe_pages)[:2],
+                *self._output_strides(out, lse), batch_size, *kernels.divisor(num_qo_heads),
+                *kernels.divisor(cache.page_size),
             )  # fmt: skip
-        self.q_kpe_offset = ckv_dim * q.dtype.itemsize  # from q on, where that is one array
-        runs.check_workspace("mla_decode", workspace, self.needed_bytes)
 
-    def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
-        super().check_addresses(arrays, place)
-        if self.runs is not None:
-            for name, address in zip(self.array_names, place, strict=True):
-                if name in ("q", "q_kpe", "ckv_pages", "kpe_pages", "out", "workspace") and address % 16:
-                    raise ValueError(
-                        f"mla_decode: {name} must be aligned to 16 bytes, got address {address:#x}"
-                    )
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+        q, q_kpe, *others = super().bind(arrays, place)
+        return (q, q_kpe or q + self.q_kpe_offset, *others)
 
-    def _run(
-        self,
-        operands: tuple[Any, ...],
-        place: tuple[int, ...],
-        sm_scale: float,
-        window_left: int,
-        logits_soft_cap: float,
-        return_lse: bool,
-        pdl: bool,
-    ) -> tuple[Any, Any]:
-        q, _, _, _, _, out, lse, workspace = operands
-        cupy = self.xp
-        if out is None:
-            out = cupy.empty(self.out_shape, q.dtype)
-        if lse is None and return_lse:
-            lse = cupy.empty(self.out_shape[:2], np.float32)
-        if self.runs is not None:
-            (
-                q_ptr,
-                q_kpe_ptr,
-                ckv_ptr,
-                kpe_ptr,
-                kv_indptr_ptr,
-                kv_indices_ptr,
-                kv_lens_ptr,
-                qo_indptr_ptr,
-                *_,
-            ) = place
-            self.runs(
-                (
-                    q_ptr, q_kpe_ptr or q_ptr + self.q_kpe_offset, ckv_ptr, kpe_ptr, qo_indptr_ptr, kv_indptr_ptr,
-                    kv_indices_ptr, kv_lens_ptr, out.data.ptr, 0 if lse is None else lse.data.ptr,
-                ),
-                workspace,
-                (*self.constants, window_left, sm_scale, logits_soft_cap),
-                cupy.cuda.get_current_stream().ptr,
-                pdl,
-            )  # fmt: skip
-        return out, lse
+    def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
+        q, q_kpe, cache, qo_indptr, pages, *_ = operands
+        if q_kpe is None:
+            q, q_kpe = q[..., : cache.ckv_dim], q[..., cache.ckv_dim :]
+        return reference.mla_decode(q, q_kpe, cache, pages, qo_indptr=qo_indptr, **options)
 
 
-_plans: PlanCache[_MLAPlan] = PlanCache(_NumpyPlan, _CupyPlan)
+plans: PlanCache[AttentionPlan] = PlanCache(_MLAPlan)
 
 
 def mla_append(
@@ -413,139 +258,37 @@ def mla_append(
     1.0
     """
     if interop.is_foreign(ckv):
-        if checks.framework_of(ckv) == "jax":
-            raise TypeError(
-                "mla_append: cache cannot be of JAX arrays, which are immutable; keep it in CuPy or NumPy"
-            )
+        refuse_jax("mla_append", ckv)
         return interop.call(
             mla_append, ckv, ckv, kpe, cache, pages, qo_indptr=qo_indptr, rope=rope, q_kpe=q_kpe,
             q_kpe_out=q_kpe_out, validate=validate,
         )  # fmt: skip
-    _check_groups("mla_append", cache, pages)
-    if rope is not None and not isinstance(rope, Rope):
-        raise TypeError(f"mla_append: rope must be a Rope, got {type(rope).__name__}")
-    operands = (ckv, kpe, cache, q_kpe, q_kpe_out, qo_indptr, pages)
-    plan, place = _append_plans.find(operands, rope)
-    if validate:
-        checks.validate_pages(
-            "mla_append", pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
-            num_tokens=ckv.shape[0],
-        )  # fmt: skip
-    return plan.run(operands, place)
+    check_cache("mla_append", cache)
+    return store(_append_plans, (ckv, kpe, cache, q_kpe, q_kpe_out, qo_indptr, pages), rope, validate)
 
 
-class _AppendPlan(Plan):
+class _MLAAppendPlan(AppendPlan):
+    """The kernel's keys, which it rotates, are kpe, and its values are ckv, of one head."""
+
     caller = "mla_append"
-    operand_names = ("ckv", "kpe", ("ckv_pages", "kpe_pages"), "q_kpe", "q_kpe_out", "qo_indptr", _TABLES)
-    written = ("ckv_pages", "kpe_pages", "q_kpe_out")
-    apart = (
-        *((a, b) for a in ("ckv_pages", "kpe_pages") for b in ("ckv", "kpe", "q_kpe")),
-        *(("q_kpe_out", b) for b in ("ckv", "kpe", "ckv_pages", "kpe_pages", "q_kpe")),
-    )
-    may_coincide = (("q_kpe_out", "q_kpe"),)
+    row_names = ("ckv", "kpe")
+    row_patterns = ("ckv_dim", "kpe_dim")
+    page_names = ("ckv_pages", "kpe_pages")
+    query_names = ("q_kpe", "q_kpe_out")
+    query_dim = "kpe_dim"
 
-    def __init__(self, operands: tuple[Any, ...], rope: Rope | None) -> None:
-        super().__init__(operands)
-        ckv, kpe, cache, q_kpe, q_kpe_out, qo_indptr, pages = operands
-        if q_kpe is None and q_kpe_out is not None:
-            raise ValueError("mla_append: q_kpe_out needs q_kpe, got None")
-        tokens = "batch" if qo_indptr is None else "total_tokens"
-        signature = {
-            "ckv": (ckv, f"{tokens} ckv_dim"),
-            "kpe": (kpe, f"{tokens} kpe_dim"),
-            "kv_lens": (pages.kv_lens, "batch"),
-        }
-        for name, a, pattern in (
-            ("qo_indptr", qo_indptr, "batch+1"),
-            ("q_kpe", q_kpe, f"{tokens} num_qo_heads kpe_dim"),
-            ("q_kpe_out", q_kpe_out, f"{tokens} num_qo_heads kpe_dim"),
-        ):
-            if a is not None:
-                signature[name] = (a, pattern)
-        checks.check_arrays("mla_append", signature, {"ckv_dim": cache.ckv_dim, "kpe_dim": cache.kpe_dim})
-        for name in ("ckv", "kpe", "q_kpe", "q_kpe_out"):
-            if name in signature:
-                checks.check_same_dtype(
-                    f"mla_append: {name}", signature[name][0], "ckv_pages", cache.ckv_pages
-                )
-                checks.check_last_axis_contiguous(f"mla_append: {name}", signature[name][0])
-        if qo_indptr is not None:
-            checks.check_dtype("mla_append: qo_indptr", qo_indptr, "int32")
-            checks.check_last_axis_contiguous("mla_append: qo_indptr", qo_indptr)
-        if rope is not None:
-            rope.inv_freq_array(cache.kpe_dim)  # raises if it does not fit
-        self.rope = rope
-        self._prepare(ckv, kpe, cache, q_kpe, q_kpe_out, pages)
+    def _layout(self, rows: list[Any], cache: PagedMLACache) -> tuple[tuple[int, ...], int, int]:
+        ckv_stride, kpe_stride = (checks.element_strides(a)[0] for a in rows)
+        ckv_pages, kpe_pages = (checks.element_strides(a)[:2] for a in (cache.ckv_pages, cache.kpe_pages))
+        return (kpe_stride, 0, ckv_stride, 0, *kpe_pages, 0, *ckv_pages, 0), 1, cache.ckv_dim
 
-    def _prepare(
-        self, ckv: Any, kpe: Any, cache: PagedMLACache, q_kpe: Any, q_kpe_out: Any, pages: PageTable
-    ) -> None:
-        """Settle what only this backend needs. No array may be kept: a plan outlives them."""
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+        ckv, kpe, ckv_pages, kpe_pages, *others = super().bind(arrays, place)
+        return (kpe, ckv, kpe_pages, ckv_pages, *others)
 
-
-class _NumpyAppendPlan(_AppendPlan):
-    def _run(self, operands: tuple[Any, ...], place: tuple[int, ...]) -> Any:
-        ckv, kpe, cache, q_kpe, q_kpe_out, qo_indptr, pages = operands
+    def _reference(self, operands: tuple[Any, ...]) -> None:
+        ckv, kpe, cache, _, _, qo_indptr, pages = operands
         reference.mla_append(ckv, kpe, cache, pages, qo_indptr=qo_indptr, rope=self.rope)
-        if q_kpe is None:
-            return None
-        rotated = reference.rotate_queries(q_kpe, pages, qo_indptr, self.rope)
-        if q_kpe_out is None:
-            return rotated
-        q_kpe_out[...] = rotated
-        return q_kpe_out
 
 
-class _CupyAppendPlan(_AppendPlan):
-    device: int
-
-    def _prepare(
-        self, ckv: Any, kpe: Any, cache: PagedMLACache, q_kpe: Any, q_kpe_out: Any, pages: PageTable
-    ) -> None:
-        checks.check_dtype("mla_append: ckv", ckv, kernels.DECODE_DTYPES)
-        ckv_dim, kpe_dim = cache.ckv_dim, cache.kpe_dim
-        for name, dim in (("ckv_dim", ckv_dim), ("kpe_dim", kpe_dim)):
-            if dim % 2 or dim > 512:
-                raise ValueError(f"mla_append: {name} must be even and at most 512 on a GPU, got {dim}")
-        mode, self.inv_freq_ptr, rotary_dim = NO_ROPE, 0, 0
-        if self.rope is not None:
-            mode = INTERLEAVED if self.rope.interleaved else HALF_SPLIT
-            inv_freq = turns_on_device(self.rope, kpe_dim, self.device)
-            self.inv_freq_ptr, rotary_dim = inv_freq.data.ptr, 2 * inv_freq.shape[0]
-        self.launcher = None
-        if ckv.shape[0]:
-            kernel = get_kernel("append", kernels.CUDA_TYPES[checks.dtype_name(ckv)], device=self.device)
-            self.launcher = kernel.prepare(ckv.shape[0], kernels.APPEND_THREADS)
-        num_qo_heads = 0 if q_kpe is None else q_kpe.shape[1]
-        q_strides = checks.element_strides(q_kpe)[:2] if q_kpe is not None else (0, 0)
-        q_out_strides = (
-            checks.element_strides(q_kpe_out)[:2]
-            if q_kpe_out is not None
-            else (num_qo_heads * kpe_dim, kpe_dim)
-        )
-        table_row_stride = checks.element_strides(pages.kv_indices)[0] if pages.is_dense else 0
-        # The append kernel's keys, which it rotates, are kpe, and its values are ckv, of one head.
-        self.constants = (
-            checks.element_strides(kpe)[0], 0, checks.element_strides(ckv)[0], 0,
-            *checks.element_strides(cache.kpe_pages)[:2], 0, *checks.element_strides(cache.ckv_pages)[:2], 0,
-            *q_strides, *q_out_strides, pages.batch_size, 1, num_qo_heads, kpe_dim, ckv_dim,
-            cache.page_size, table_row_stride, rotary_dim, mode,
-        )  # fmt: skip
-
-    def _run(self, operands: tuple[Any, ...], place: tuple[int, ...]) -> Any:
-        _, _, _, q_kpe, q_kpe_out, _, _ = operands
-        if q_kpe is not None and q_kpe_out is None:
-            q_kpe_out = self.xp.empty(q_kpe.shape, q_kpe.dtype)
-        if self.launcher is not None:
-            ckv_ptr, kpe_ptr, ckv_pages_ptr, kpe_pages_ptr, q_kpe_ptr, _, *tables = place
-            q_kpe_out_ptr = 0 if q_kpe_out is None else q_kpe_out.data.ptr
-            self.launcher(
-                (
-                    kpe_ptr, ckv_ptr, kpe_pages_ptr, ckv_pages_ptr, q_kpe_ptr, q_kpe_out_ptr, *tables,
-                    self.inv_freq_ptr, *self.constants,
-                )
-            )  # fmt: skip
-        return q_kpe_out
-
-
-_append_plans: PlanCache[_AppendPlan] = PlanCache(_NumpyAppendPlan, _CupyAppendPlan)
+_append_plans: PlanCache[AppendPlan] = PlanCache(_MLAAppendPlan)

@@ -9,7 +9,7 @@ of a call is where in memory its arrays lie.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from cupyattn import checks
 
 _MAX_PLANS = 4096  # of changing shapes; a plan is about 1 KiB
-_MAX_PLACES = 4096  # addresses that calls came with, about 0.5 KiB each
+_MAX_PLACES = 4096  # that calls came with, about 1 KiB each
 _NUMPY_TYPES = (np.ndarray, np.generic)
 
 
@@ -32,18 +32,20 @@ class ArrayGroup:
         Hashable.
     """
 
-    __slots__ = ("_arrays", "_seen", "_settings")
+    __slots__ = ("_arrays", "_key", "_place", "_settings", "_signature")
 
     _arrays: tuple[Any, ...]
     _settings: tuple[Any, ...]
-    _seen: tuple[Any, tuple[int, ...]] | None
+    _key: int  # 0 until they have been looked at
+    _signature: int
+    _place: tuple[int, ...]
 
     def __init__(self, arrays: dict[str, Any], **settings: Any) -> None:
         for name, value in {**arrays, **settings}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_arrays", tuple(arrays.values()))
         object.__setattr__(self, "_settings", tuple(settings.values()))
-        object.__setattr__(self, "_seen", None)
+        object.__setattr__(self, "_key", 0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self).__name__
@@ -52,11 +54,13 @@ class ArrayGroup:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable: cannot delete {name}")
 
-    def _look(self) -> tuple[Any, tuple[int, ...]]:
-        signatures, place = look(self._arrays)
-        seen = _number((type(self), self._settings, signatures)), place
-        object.__setattr__(self, "_seen", seen)
-        return seen
+    def _look(self) -> int:
+        key = look(self._arrays)
+        signature, place = split(self._arrays, key)
+        object.__setattr__(self, "_signature", _number((type(self), self._settings, signature)))
+        object.__setattr__(self, "_place", place)
+        object.__setattr__(self, "_key", _number((self._signature, place)))
+        return self._key
 
 
 _numbers: dict[Any, int] = {}
@@ -65,39 +69,48 @@ _next_number = itertools.count(1)
 
 def _number(key: Any) -> int:
     """Return a number for `key`, which hashes faster. No number is ever used twice, so old ones do no harm."""
-    if len(_numbers) >= _MAX_PLANS:
+    if len(_numbers) >= _MAX_PLACES:
         _numbers.clear()
     return _numbers.setdefault(key, next(_next_number))
 
 
-def look(operands: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Return the signature of each operand, hashable, and the address of each array of `flatten(operands)`.
-
-    None has the signature None and the address 0. Both are found in one loop, because every call waits for it.
+def look(operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what is hashable and the same for operands of one signature and place. Every call waits for this.
 
     Raises
     ------
     AttributeError
         An operand is no array. The checks themselves say that better.
     """
-    signatures: list[Any] = []
-    place: list[int] = []
+    key: list[Any] = []
     for a in operands:
         if a is None:
-            signatures.append(None)
-            place.append(0)
+            key.append(None)
         elif isinstance(a, ArrayGroup):
-            number, addresses = a._seen or a._look()
-            signatures.append(number)
-            place += addresses
+            key.append(a._key or a._look())
         elif isinstance(a, _NUMPY_TYPES):
-            signatures.append((a.shape, a.strides, a.dtype))
-            place.append(checks.data_pointer(a))
+            key.append((a.shape, a.strides, a.dtype, checks.data_pointer(a)))
         else:
             memory = a.data
-            signatures.append((a.shape, a.strides, a.dtype, memory.device_id))
-            place.append(memory.ptr)
-    return tuple(signatures), tuple(place)
+            key.append((a.shape, a.strides, a.dtype, memory.device_id, memory.ptr))
+    return tuple(key)
+
+
+def split(operands: Sequence[Any], key: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Return the signature, hashable, and the place, with 0 for None, of operands of which `look` has made `key`."""
+    signature: list[Any] = []
+    place: list[int] = []
+    for a, seen in zip(operands, key, strict=True):
+        if a is None:
+            signature.append(None)
+            place.append(0)
+        elif isinstance(a, ArrayGroup):
+            signature.append(a._signature)
+            place += a._place
+        else:
+            signature.append(seen[:-1])
+            place.append(seen[-1])
+    return tuple(signature), tuple(place)
 
 
 def flatten(operands: Sequence[Any]) -> tuple[Any, ...]:
@@ -150,6 +163,8 @@ class Plan:
             import cupy
 
             self.xp = cupy
+            self.current_device = cupy.cuda.runtime.getDevice
+            self.current_stream = cupy.cuda.get_current_stream
         index = {name: i for i, name in enumerate(self.array_names) if named[name] is not None}
         self._written = [index[name] for name in self.written if name in index]
         self._apart = []
@@ -160,21 +175,39 @@ class Plan:
         arrays = tuple(named.values())
         self._extents = {i: _extent(arrays[i]) for *pair, _ in self._apart for i in pair}
 
-    def run(self, operands: Sequence[Any], place: tuple[int, ...], *settings: Any) -> Any:
-        """Do the operation with operands of this plan's signature, which lie at `place`, on their device."""
+    def _check_arrays(
+        self, patterns: Mapping[str, tuple[Any, str]], sizes: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Do as `checks.check_arrays`, without those that are None."""
+        given = {name: pattern for name, pattern in patterns.items() if pattern[0] is not None}
+        return checks.check_arrays(self.caller, given, sizes)
+
+    def _check_rows(self, name: str, a: Any, like_name: str, like: Any) -> None:
+        """Raise unless `a` is None, or has the dtype of `like` and a contiguous last axis."""
+        if a is not None:
+            checks.check_same_dtype(f"{self.caller}: {name}", a, like_name, like)
+            checks.check_last_axis_contiguous(f"{self.caller}: {name}", a)
+
+    def _check_offsets(self, qo_indptr: Any) -> None:
+        if qo_indptr is not None:
+            checks.check_dtype(f"{self.caller}: qo_indptr", qo_indptr, "int32")
+            checks.check_last_axis_contiguous(f"{self.caller}: qo_indptr", qo_indptr)
+
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+        """Check where the arrays lie, and return the pointers that `_run` needs: in this class, to all of them."""
+        self.check_addresses(arrays, place)
+        return place
+
+    def run(self, operands: Sequence[Any], pointers: tuple[int, ...], options: tuple[Any, ...] = ()) -> Any:
+        """Do the operation with operands of this plan's signature, on their device; `pointers` are from `bind`."""
         if self.device is None:
             arrays = flatten(operands)
             for i in self._written:
                 checks.check_writable(f"{self.caller}: {self.array_names[i]}", arrays[i])
-        elif self.device != self.xp.cuda.runtime.getDevice():
+        elif self.device != self.current_device():
             with self.xp.cuda.Device(self.device):
-                return self.run(operands, place, *settings)
-        if (self, place) not in _places:  # shapes and strides are the plan's, so addresses decide
-            self.check_addresses(flatten(operands), place)
-            if len(_places) >= _MAX_PLACES:
-                _places.clear()
-            _places.add((self, place))
-        return self._run(operands, place, *settings)
+                return self._run(operands, pointers, options)
+        return self._run(operands, pointers, options)
 
     def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
         """Raise ValueError if a written array shares memory with one that it must not share it with.
@@ -188,38 +221,53 @@ class Plan:
                 name = f"{self.caller}: {self.array_names[i]}"
                 checks.check_overlap(name, arrays[i], self.array_names[j], arrays[j])
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, operands: Any, pointers: Any, options: Any) -> Any:
         raise NotImplementedError
 
 
-_places: set[tuple[Plan, tuple[int, ...]]] = set()  # that `check_addresses` has passed
 _Plan = TypeVar("_Plan", bound=Plan)
 
 
 class PlanCache(Generic[_Plan]):
-    """Plans of one operation by signature. Threads may make the same plan twice; the later one stays."""
+    """Plans of one operation by signature: one class for both backends, or two.
 
-    def __init__(self, numpy_plan: type[_Plan], cupy_plan: type[_Plan]) -> None:
-        self._backends = numpy_plan, cupy_plan
+    Threads may make the same plan twice; the later one stays.
+    """
+
+    def __init__(self, numpy_plan: type[_Plan], cupy_plan: type[_Plan] | None = None) -> None:
+        self._backends = numpy_plan, cupy_plan or numpy_plan
         self._plans: dict[Any, _Plan] = {}
+        self._places: dict[Any, tuple[_Plan, tuple[int, ...]]] = {}
+        self.caller = numpy_plan.caller
 
-    def find(self, operands: Sequence[Any], *settings: Any) -> tuple[_Plan, tuple[int, ...]]:
-        """Return the plan for these operands and (hashable) settings, which its class gets too, and the place."""
+    def find(self, operands: Sequence[Any], settings: tuple[Any, ...] = ()) -> tuple[_Plan, tuple[int, ...]]:
+        """Return the plan for these operands and (hashable) settings, which its class gets too, and what it bound."""
         try:
-            signatures, place = look(operands)
-            key = settings, signatures
-            plan = self._plans.get(key)
+            key = settings, look(operands)
+            found = self._places.get(key)
         except (AttributeError, TypeError):  # something is no array of NumPy or CuPy: the checks say what
-            self._make(operands, *settings)
+            self.make(operands, settings)
             raise
+        return found or self._bind(operands, *key)
+
+    def _bind(
+        self, operands: Sequence[Any], settings: tuple[Any, ...], key: tuple[Any, ...]
+    ) -> tuple[_Plan, tuple[int, ...]]:
+        signature, place = split(operands, key)
+        plan = self._plans.get((settings, signature))
         if plan is None:
-            plan = self._make(operands, *settings)
+            plan = self.make(operands, settings)
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            self._plans[key] = plan
-        return plan, place
+            self._plans[settings, signature] = plan
+        found = plan, plan.bind(flatten(operands), place)
+        if len(self._places) >= _MAX_PLACES:
+            self._places.clear()
+        self._places[settings, key] = found
+        return found
 
-    def _make(self, operands: Sequence[Any], *settings: Any) -> _Plan:
+    def make(self, operands: Sequence[Any], settings: tuple[Any, ...] = ()) -> _Plan:
+        """Return a new plan; TypeError or ValueError if the operands do not fit."""
         numpy_plan, cupy_plan = self._backends
         first = operands[0]
         checks.check_is_array(f"{numpy_plan.caller}: {numpy_plan.operand_names[0]}", first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Protocol
 
 from cupyattn import checks, kernels
@@ -60,8 +61,6 @@ class Runs:
     ----------
     needed_bytes : int
         Of workspace.
-    table_arguments : tuple of int
-        The kernel's arguments from `table_row_stride` to `max_splits`.
 
     Raises
     ------
@@ -73,7 +72,7 @@ class Runs:
         self, caller: str, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, *, num_rows: int,
         single: bool, num_kv_heads: int, page_size: int, pages: PageTable, fixed_split_size: int | None,
     ) -> None:  # fmt: skip
-        self._device = kernel.device
+        self._kernel = kernel
         # CTAs without work only delay the next launch.
         num_units = num_kv_heads * max_units(
             fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
@@ -102,20 +101,28 @@ class Runs:
         # Entries that the kernel may prefetch from the table's start on: of a table that lies there in one piece.
         in_one_piece = not pages.is_dense or table_row_stride >= pages.kv_indices.shape[1]
         num_table_entries = min(pages.kv_indices.size, 2**31 - 1) if in_one_piece else 0
-        self.table_arguments = (table_row_stride, num_table_entries, split_shift, max_splits)
+        self._table_arguments = (table_row_stride, num_table_entries, split_shift, max_splits)
+
+    def fix(self, *arguments: int) -> None:
+        """Set the kernel's arguments between its pointers and `table_row_stride`, for all calls."""
+        fixed = (*arguments, *self._table_arguments)
+        num_pointers = len(self._kernel.layout.fields) - len(fixed) - 3
+        self._prepare = functools.partial(
+            self._prepare, arguments=(*(None,) * num_pointers, *fixed, None, None, None)
+        )
 
     def __call__(
-        self, pointers: tuple[int, ...], workspace: Any, arguments: tuple[Any, ...], stream: int, pdl: bool
+        self, pointers: tuple[int, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
     ) -> None:
-        """Launch with `pointers`, those into a workspace (`workspace`, or the stream's own), and `arguments`."""
+        """Launch with `pointers`, those into a workspace (`workspace`, or the stream's own), and the last arguments."""
         launcher = self._launchers.get(pdl)
         if launcher is None:
             launcher = self._launchers[pdl] = self._prepare(pdl=pdl)
         if workspace is None:
-            workspace = default_workspace(self.needed_bytes, self._device, stream)
+            workspace = default_workspace(self.needed_bytes, self._kernel.device, stream)
         scratch = workspace.data.ptr
-        launcher(
-            (*pointers, scratch + _DEPARTURES_BYTES, scratch + self._lse_offset, scratch, *arguments), stream
+        launcher.launch_plain(
+            (*pointers, scratch + _DEPARTURES_BYTES, scratch + self._lse_offset, scratch, *options), stream
         )
 
 
@@ -153,6 +160,9 @@ def check_options(
     caller: str, sm_scale: Any, window_left: Any, logits_soft_cap: Any, pdl: Any
 ) -> tuple[float, int, float]:
     """Return the first three as plain numbers, or raise TypeError or ValueError."""
+    plain = (type(sm_scale), type(window_left), type(logits_soft_cap), type(pdl)) == (float, int, float, bool)
+    if plain and math.isfinite(sm_scale) and 0 <= logits_soft_cap < math.inf and -1 <= window_left < 2**31:
+        return sm_scale, window_left, logits_soft_cap  # making messages takes longer than these checks
     sm_scale = checks.as_finite(f"{caller}: sm_scale", sm_scale)
     logits_soft_cap = checks.as_finite(f"{caller}: logits_soft_cap", logits_soft_cap)
     if logits_soft_cap < 0:

@@ -12,7 +12,7 @@ from problems import build_problem
 
 import cupyattn
 from cupyattn import PagedKVCache, PageTable
-from cupyattn.plan import look
+from cupyattn.plan import look, split
 
 
 class DeviceArray:
@@ -38,28 +38,37 @@ def cache_at(address: int, num_pages: int = 4, device: int = 0, layout: str = "N
     return PagedKVCache(k_pages, v_pages, layout=layout)
 
 
+def seen(*operands: Any) -> Any:
+    """Key, signature and place."""
+    key = look(operands)
+    return key, *split(operands, key)
+
+
 def test_wrapped_arrays_are_looked_at_once():
     arrays = [DeviceArray(64 * i, (3,), "i4") for i in range(1, 3)]
     table = PageTable(None, DeviceArray(192, (3, 5), "i4"), arrays[0])
     cache = cache_at(4096)
-    first = look((cache, table))
+    first = seen(cache, table)
     held = (cache.k_pages, cache.v_pages, table.kv_indices, table.kv_lens)
     before = [Counter(a.asked) for a in held]
-    assert look((cache, table)) == first
+    assert seen(cache, table) == first
     assert [a.asked for a in held] == before
-    assert first[1] == (4096, 8192, 0, 192, 64)
+    assert first[2] == (4096, 8192, 0, 192, 64)
 
 
 def test_equal_wrappers_have_one_signature_and_their_own_addresses():
-    (one,), place = look((cache_at(4096),))
-    (other,), other_place = look((cache_at(1 << 20),))
+    key, one, place = seen(cache_at(4096))
+    other_key, other, other_place = seen(cache_at(1 << 20))
     assert one == other
     assert (place, other_place) == ((4096, 8192), (1 << 20, 2 << 20))
+    assert key == look((cache_at(4096),)) != other_key
 
 
 @pytest.mark.parametrize("change", [{"layout": "HND"}, {"num_pages": 5}, {"device": 1}])
 def test_what_checks_depend_on_is_in_the_signature(change):
-    assert look((cache_at(4096),))[0] != look((cache_at(4096, **change),))[0]
+    (key, good, _), (other_key, changed, _) = seen(cache_at(4096)), seen(cache_at(4096, **change))
+    assert good != changed
+    assert key != other_key
 
 
 def test_addresses_of_a_known_signature_are_checked_too():

@@ -603,6 +603,42 @@ def test_launch_hands_everything_over(axpy: KernelSpec, fake_driver: SimpleNames
     assert fake_driver.attributes == []  # nothing out of the ordinary was asked for
 
 
+@pytest.mark.parametrize("fixed", [(), (0,), (1, 3), (0, 1, 2, 3)])
+def test_arguments_that_prepare_fixes(
+    fixed: tuple[int, ...], axpy: KernelSpec, fake_driver: SimpleNamespace
+) -> None:
+    values = [1 << 40, 1 << 41, -1, 0.25]
+    arguments = [FakeArray(value) if i < 2 else value for i, value in enumerate(values)]
+    step = get_kernel("axpy", "float", 1).prepare(
+        1, 1, arguments=[a if i in fixed else None for i, a in enumerate(arguments)]
+    )
+    given = [i for i in range(4) if i not in fixed]
+    step([arguments[i] for i in given])
+    step.launch_plain([values[i] for i in given], 7)
+    assert [(got.values, got.stream) for got in fake_driver.launches] == [(values, 100), (values, 7)]
+    with pytest.raises(TypeError, match=f"axpy takes {len(given)} arguments .*, got 5"):
+        step([0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "pattern"),
+    [
+        ([None, None, "many", None], TypeError, "'n', must be i64, got str"),
+        ([None, None, 1 << 64, None], ValueError, "'n', must be i64, got 18446744073709551616"),
+        ([None, None, 1], TypeError, r"axpy takes 4 arguments \(x, y, n, alpha\), got 3"),
+    ],
+)
+def test_bad_arguments_of_prepare(
+    arguments: list[Any],
+    error: type[Exception],
+    pattern: str,
+    axpy: KernelSpec,
+    fake_driver: SimpleNamespace,
+) -> None:
+    with pytest.raises(error, match=pattern):
+        get_kernel("axpy", "float", 1).prepare(1, 1, arguments=arguments)
+
+
 def test_stream_is_the_current_one_of_the_kernels_device(
     axpy: KernelSpec, fake_driver: SimpleNamespace
 ) -> None:

@@ -1,9 +1,9 @@
 """Launching kernels: arguments packed and checked, then one ctypes call to ``cuLaunchKernelEx``.
 
 CuPy's own launch takes neither a cluster size nor programmatic dependent launch (PDL) and does not check
-arguments. Here everything that can be built once is built once, in :meth:`Kernel.prepare`; per launch there
-remain one ``struct.pack_into``, one store of the stream and one foreign call. Nothing synchronizes or
-allocates on the device, so a launch can be captured into a CUDA graph.
+arguments. Here everything that can be built once is built once, in :meth:`Kernel.prepare`, with the arguments that
+never change; per launch there remain one ``struct.pack_into``, one store of the stream and one foreign call. Nothing
+synchronizes or allocates on the device, so a launch can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numbers
 import operator
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -142,21 +142,44 @@ class ArgLayout:
         ValueError
             On an integer out of range or a struct of another size, naming the argument.
         """
+        self.pack_plain_into(buffer, self.as_plain(args))
+
+    def as_plain(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return `args` as ``int``, ``float`` and ``bytes``, of which only ranges are unchecked; see `pack_into`."""
         if [*map(type, args)] != self._kinds or (self._blobs and self._misfits(args)):
-            args = self._convert(args)
+            return self._convert(args)
+        return args
+
+    def pack_plain_into(self, buffer: Any, args: Sequence[Any]) -> None:
+        """Pack what `as_plain` returned, or is known to be plain."""
         try:
             self._pack_into(buffer, 0, *args)
         except (struct.error, OverflowError):
             self._blame(args)
             raise
 
+    def split(self, is_second: Sequence[bool]) -> tuple[ArgLayout, ArgLayout]:
+        """Return two layouts, between which the arguments are divided; TypeError if not all are."""
+        self._check_count(is_second)
+        parts: tuple[list[tuple[str, str]], list[tuple[str, str]]] = [], []
+        for field, second in zip(self.fields, is_second, strict=True):
+            parts[second].append((field.name, field.ctype))
+        return ArgLayout(self.kernel, parts[0]), ArgLayout(self.kernel, parts[1])
+
+    def addresses(self, buffer: Any) -> Iterator[int]:
+        """Return where in `buffer` the arguments lie."""
+        return (ctypes.addressof(buffer) + field.offset for field in self.fields)
+
+    def _check_count(self, args: Sequence[Any]) -> None:
+        if len(args) != len(self.fields):
+            names = ", ".join(field.name for field in self.fields)
+            raise TypeError(f"{self.kernel} takes {len(self.fields)} arguments ({names}), got {len(args)}")
+
     def _misfits(self, args: Sequence[Any]) -> bool:
         return any(len(args[i]) != size for i, size in self._blobs)  # struct would pad or cut in silence
 
     def _convert(self, args: Sequence[Any]) -> list[Any]:
-        if len(args) != len(self.fields):
-            names = ", ".join(field.name for field in self.fields)
-            raise TypeError(f"{self.kernel} takes {len(self.fields)} arguments ({names}), got {len(args)}")
+        self._check_count(args)
         values = list(args)
         for i, field in enumerate(self.fields):
             if type(values[i]) is not self._kinds[i] or self._kinds[i] is bytes:
@@ -255,11 +278,11 @@ class _Frame:
     __slots__ = ("args", "attributes", "config", "config_address", "pointers", "pointers_address")
 
     def __init__(self, launcher: Launcher) -> None:
-        layout = launcher.kernel.layout
-        self.args = ctypes.create_string_buffer(layout.size)
-        base = ctypes.addressof(self.args)
-        offsets = [field.offset for field in layout.fields]
-        self.pointers = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
+        self.args = ctypes.create_string_buffer(launcher.layout.size)
+        given = launcher.layout.addresses(self.args)
+        fixed = launcher.fixed_layout.addresses(launcher.fixed_args)
+        addresses = [next(fixed if is_fixed else given) for is_fixed in launcher.is_fixed]
+        self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         attributes = launcher.attributes
         self.attributes = (LaunchAttribute * len(attributes))(*attributes)
         self.config = LaunchConfig(
@@ -276,7 +299,14 @@ class Launcher:
     """
 
     def __init__(
-        self, kernel: Kernel, grid: Dim, block: Dim, shared_mem: int, cluster: Dim | None, pdl: bool
+        self,
+        kernel: Kernel,
+        grid: Dim,
+        block: Dim,
+        shared_mem: int,
+        cluster: Dim | None,
+        pdl: bool,
+        arguments: Sequence[Any] | None,
     ) -> None:
         import cupy
 
@@ -292,13 +322,18 @@ class Launcher:
         if pdl:
             self.attributes.append(LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
         kernel.set_max_shared(shared_mem)
+        values = [None] * len(kernel.layout.fields) if arguments is None else arguments
+        self.is_fixed = [value is not None for value in values]
+        self.layout, self.fixed_layout = kernel.layout.split(self.is_fixed)
+        self.fixed_args = ctypes.create_string_buffer(self.fixed_layout.size)
+        self.fixed_layout.pack_into(self.fixed_args, [value for value in values if value is not None])
         self._frames = [_Frame(self)]
         self._launch = driver().cuLaunchKernelEx
         self._current_device: Callable[[], int] = cupy.cuda.runtime.getDevice
         self._current_stream: Callable[[], Any] = cupy.cuda.get_current_stream
 
     def __call__(self, args: Sequence[Any], stream: Any = None) -> None:
-        """Launch on `stream`: a CuPy stream, its address, or None for CuPy's current one.
+        """Launch with the arguments that are not fixed, on `stream`: CuPy's, its address, or None for the current one.
 
         Raises
         ------
@@ -307,18 +342,23 @@ class Launcher:
         LaunchError
             If the driver refuses.
         """
-        kernel = self.kernel
-        if self._current_device() != kernel.device:
-            with kernel.on_device():
+        if self._current_device() != self.kernel.device:
+            with self.kernel.on_device():
                 return self(args, stream)
         if stream is None:
             stream = self._current_stream()
+        self.launch_plain(self.layout.as_plain(args), stream if stream.__class__ is int else stream.ptr)
+        return None
+
+    def launch_plain(self, args: Sequence[Any], stream: int) -> None:
+        """Do the same, but check neither that the kernel's device is the current one nor what types `args` have."""
+        kernel = self.kernel
         try:
             frame = self._frames.pop()
         except IndexError:  # all are in use by other threads
             frame = _Frame(self)
-        kernel.layout.pack_into(frame.args, args)
-        frame.config.stream = stream if stream.__class__ is int else stream.ptr
+        self.layout.pack_plain_into(frame.args, args)
+        frame.config.stream = stream
         status = self._launch(frame.config_address, kernel.function, frame.pointers_address, None)
         if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             kernel.make_context_current()
@@ -326,7 +366,6 @@ class Launcher:
         self._frames.append(frame)
         if status:
             raise LaunchError(f"{kernel} with {self.describe()}: {_error_text(status)}")
-        return None
 
     def describe(self) -> str:
         """Say the configuration in words."""
@@ -425,7 +464,14 @@ class Kernel:
             return int(occupancy(self.function, x * y * z, shared_mem))
 
     def prepare(
-        self, grid: Dim, block: Dim, *, shared_mem: int = 0, cluster: Dim | None = None, pdl: bool = False
+        self,
+        grid: Dim,
+        block: Dim,
+        *,
+        shared_mem: int = 0,
+        cluster: Dim | None = None,
+        pdl: bool = False,
+        arguments: Sequence[Any] | None = None,
     ) -> Launcher:
         """Fix a launch configuration; calling the result with the arguments is the fastest way to launch.
 
@@ -438,8 +484,16 @@ class Kernel:
         pdl : bool
             Programmatic dependent launch: the kernel may start before its predecessor in the stream has
             finished, and must itself wait (``griddepcontrol.wait``) before it reads what that one wrote.
+        arguments : sequence, optional
+            For each of the kernel's arguments its value, which is fixed too, or None if calls are to give it (a
+            null pointer is 0).
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for a launch: something does not fit the kernel.
         """
-        return Launcher(self, grid, block, shared_mem, cluster, pdl)
+        return Launcher(self, grid, block, shared_mem, cluster, pdl, arguments)
 
     def launch(
         self,
