@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cupyattn.runtime.registry import KernelSpec, register_kernel
 
@@ -34,6 +35,8 @@ class DecodeConfig:
     tile_kv: int
     num_stages: int
     ctas_per_sm: int
+    cluster_size: ClassVar[int] = 1
+    word_flags: ClassVar[bool] = True
 
     @property
     def num_threads(self) -> int:
@@ -145,6 +148,8 @@ class MLAConfig:
     tile_kv: int
     num_stages: int
     query_buffers: int
+    cluster_size: ClassVar[int] = 1
+    word_flags: ClassVar[bool] = True
 
     @property
     def num_threads(self) -> int:
@@ -173,35 +178,45 @@ class MLASm90Config:
     """A shape of the kernel of mla_sm90.cu, by the query rows of a tile."""
 
     tile_q: int
-    num_threads: int = 384
-    tile_kv: int = 64
+    num_threads: ClassVar[int] = 384
+    tile_kv: ClassVar[int] = 48
+    cluster_size: ClassVar[int] = 2
+
+    @property
+    def word_flags(self) -> bool:
+        """As `Partials::kWordFlags`."""
+        return self.tile_q < 64
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: one tile of queries, two of keys, up to 1 KiB to align them."""
-        return 3 * 64 * 2 * sum(MLA_DIMS) + 1024
+        """Dynamic shared memory of a CTA: half rows of queries and tiles; of 8 warps, logits and rows of results."""
+        query_rows, num_stages, staging = (128, 4, 8 * 8 * 72 * 4) if self.tile_q > 64 else (64, 6, 0)
+        half_rows = (query_rows + num_stages * self.tile_kv) * sum(MLA_DIMS)
+        return half_rows + 8 * 16 * self.tile_kv * 4 + staging
+
+
+MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64, 128))
 
 
 def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | None:
-    """Choose the shape of the kernel of mla_sm90.cu, or None where that of mla.cu with 16 rows is faster.
+    """Choose the shape of the kernel of mla_sm90.cu, or None where that of mla.cu is faster.
 
     Parameters
     ----------
     rows : int
         Query rows (query tokens x heads) of a request.
     num_tiles : int
-        Tiles of 64 keys that all requests have room for.
+        Tiles of 48 keys that all requests have room for.
     num_sms : int
 
     Notes
     -----
-    With few tiles most time goes into merging partial states, whose size is that of a query tile: there the smaller
-    tiles of mla.cu, on more CTAs, take 13, 22 and 29 us for one request of 4096 keys and 16, 64 and 128 heads, where
-    mla_sm90.cu takes 20, 27 and 32.
+    With few rows and tiles, mla.cu has the shorter way from start to end: 2 and 4 requests of 4096 keys and 16 heads
+    take 16 and 22 us, where mla_sm90.cu takes 21 and 24; 8 of 8192 take 47 and 44.
     """
-    if num_tiles * -(-rows // 16) <= 4 * num_sms:
+    if rows <= 16 and num_tiles <= 4 * num_sms:
         return None
-    return MLASm90Config(next((tile_q for tile_q in (16, 32) if rows <= tile_q), 64))
+    return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
 
 
 def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:
@@ -237,6 +252,11 @@ def mla_configs(arch: str, fixed_splits: bool = False) -> tuple[MLAConfig, ...]:
     return tuple(dict.fromkeys(mla_config(arch, rows, fixed_splits) for rows in (16, 32, 33)))
 
 
+def mla_plain_configs(arch: str) -> tuple[MLAConfig | MLASm90Config, ...]:
+    """All shapes of either kernel that there are without fixed splits; where there is mla_sm90.cu, few of mla.cu."""
+    return (mla_config(arch, 16), *MLA_SM90_CONFIGS) if arch == "sm_90a" else mla_configs(arch)
+
+
 def mla_template(dtype: str, config: MLAConfig, fixed_splits: bool = False) -> tuple[str | int, ...]:
     """Template arguments of the MLA kernel."""
     return (
@@ -253,10 +273,10 @@ def mla_template(dtype: str, config: MLAConfig, fixed_splits: bool = False) -> t
 
 def _mla_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
     for dtype, fixed_splits in itertools.product(DECODE_DTYPES, (False, True)):
-        # Where there is mla_sm90.cu, this one is for few rows and for fixed splits.
-        few_only = arch == "sm_90a" and not fixed_splits
-        for config in (mla_config(arch, 16),) if few_only else mla_configs(arch, fixed_splits):
-            yield mla_template(dtype, config, fixed_splits)
+        configs = mla_configs(arch, True) if fixed_splits else mla_plain_configs(arch)
+        for config in configs:
+            if isinstance(config, MLAConfig):
+                yield mla_template(dtype, config, fixed_splits)
 
 
 def divisor(value: int) -> tuple[int, int, int]:
@@ -351,7 +371,7 @@ MLA_SM90_DECODE = register_kernel(
         symbol="cupyattn::mla_sm90_kernel",
         template=("T", "kTileQ"),
         instances=lambda arch: itertools.product(
-            (CUDA_TYPES[dtype] for dtype in DECODE_DTYPES), (16, 32, 64)
+            (CUDA_TYPES[dtype] for dtype in DECODE_DTYPES), (config.tile_q for config in MLA_SM90_CONFIGS)
         ),
         archs=("sm_90a",),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cupyattn import checks, kernels
 from cupyattn.cache import PageTable
@@ -33,6 +33,14 @@ class Tiles(Protocol):
     @property
     def tile_kv(self) -> int:
         """Keys of a tile."""
+
+    @property
+    def cluster_size(self) -> int:
+        """CTAs that share a run: each has as many of the result's columns."""
+
+    @property
+    def word_flags(self) -> bool:
+        """Whether every word of a partial state says that it is there, else only the lse (see partials.cuh)."""
 
 
 class Runs:
@@ -78,7 +86,9 @@ class Runs:
             fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
         )
         per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
-        num_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS, num_units)
+        most_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS)
+        num_ctas = min(most_ctas // tiles.cluster_size, num_units) * tiles.cluster_size
+        num_columns = head_dim // tiles.cluster_size
         split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
         if fixed_split_size is not None:
             split_shift = (fixed_split_size // tiles.tile_kv).bit_length() - 1
@@ -88,11 +98,17 @@ class Runs:
                     f"{caller}: fixed_split_size = {fixed_split_size} makes up to {max_splits} splits of what the "
                     f"page table has room for, more than {_MAX_SLOTS}"
                 )
-        self._lse_offset = _DEPARTURES_BYTES + num_slots * tiles.tile_q * head_dim * 4
-        self.needed_bytes = max(
-            workspace_bytes(kernel.device),
-            _DEPARTURES_BYTES + num_slots * _state_bytes(tiles.tile_q, head_dim),
-        )
+        state_bytes = num_slots * tiles.tile_q * num_columns * 4
+        layout = workspace_layout(kernel.device)
+        self.needed_bytes = layout.end
+        if tiles.word_flags:
+            # Fixed splits may need more than there is; then they lie behind all others.
+            fits = _DEPARTURES_BYTES + state_bytes + _lse_bytes(state_bytes, True) <= layout.scratch
+            self._state_offset = _DEPARTURES_BYTES if fits else layout.end
+            self._lse_offset = self._state_offset + state_bytes
+            self.needed_bytes = max(layout.end, self._lse_offset + _lse_bytes(state_bytes, True))
+        else:
+            self._state_offset, self._lse_offset = layout.scratch, _DEPARTURES_BYTES
         self._prepare = functools.partial(
             kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes
         )
@@ -120,9 +136,9 @@ class Runs:
             launcher = self._launchers[pdl] = self._prepare(pdl=pdl)
         if workspace is None:
             workspace = default_workspace(self.needed_bytes, self._kernel.device, stream)
-        scratch = workspace.data.ptr
+        start = workspace.data.ptr
         launcher.launch_plain(
-            (*pointers, scratch + _DEPARTURES_BYTES, scratch + self._lse_offset, scratch, *options), stream
+            (*pointers, start + self._state_offset, start + self._lse_offset, start, *options), stream
         )
 
 
@@ -192,14 +208,14 @@ def validate(
         caller, pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
         num_tokens=q.shape[0], window_left=window_left,
     )  # fmt: skip
-    if workspace is not None and checks.to_host(workspace).any():
+    if workspace is not None and not is_zeroed(workspace):
         raise ValueError(f"{caller}: workspace must be all zeros between launches, got others")
 
 
 def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     """Allocate a workspace for `decode` and `mla_decode`: for every call on that device without `fixed_split_size`.
 
-    All of it must be zero between launches; they leave it so. Launches that overlap in time must not share one:
+    It is zero at first, and launches leave zero what they need so. Launches that overlap in time must not share one:
     they would take each other's partial states, and may end in an error of the device.
 
     Parameters
@@ -212,7 +228,7 @@ def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     Returns
     -------
     cupy.ndarray, uint8
-        About 37 MB on an H100.
+        About 54 MB on an H100.
 
     Raises
     ------
@@ -226,29 +242,53 @@ def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     return zeroed(max(workspace_bytes(properties.id), num_bytes), properties.id)
 
 
+class WorkspaceLayout(NamedTuple):
+    """Offsets, in bytes, into a workspace: what lies between them need not be zero between launches."""
+
+    scratch: int
+    end: int
+
+
 @functools.cache
-def workspace_bytes(device: int) -> int:
-    """Return the bytes that the hungriest kernel needs: two partial states a CTA.
+def workspace_layout(device: int) -> WorkspaceLayout:
+    """Return what the hungriest kernels need without fixed splits: two partial states a CTA.
 
     The number of CTAs is bounded by shared memory alone here, so that nothing is compiled to find it.
     """
     properties = device_properties(device)
-    shapes = [
-        (config.tile_q, head_dim, config.shared_bytes(head_dim))
+    shapes: list[tuple[Tiles, int, int]] = [
+        (config, head_dim, config.shared_bytes(head_dim))
         for head_dim in kernels.DECODE_HEAD_DIMS
         for config in kernels.decode_configs(properties.arch, head_dim)
     ]
+    ckv_dim, _ = kernels.MLA_DIMS
     shapes += [
-        (config.tile_q, kernels.MLA_DIMS[0], config.shared_bytes)
-        for config in kernels.mla_configs(properties.arch)
+        (config, ckv_dim, config.shared_bytes) for config in kernels.mla_plain_configs(properties.arch)
     ]
-    most = 0
-    for tile_q, head_dim, shared_bytes in shapes:
+    zeroed = scratch = 0
+    for tiles, head_dim, shared_bytes in shapes:
         num_ctas = min(properties.max_shared_per_sm // shared_bytes * properties.num_sms, _MAX_CTAS)
-        most = max(most, 2 * num_ctas * _state_bytes(tile_q, head_dim))
-    return _DEPARTURES_BYTES + most
+        state_bytes = 2 * num_ctas * tiles.tile_q * head_dim // tiles.cluster_size * 4
+        lse_bytes = _lse_bytes(state_bytes, tiles.word_flags)
+        if tiles.word_flags:
+            zeroed = max(zeroed, state_bytes + lse_bytes)
+        else:
+            zeroed, scratch = max(zeroed, lse_bytes), max(scratch, state_bytes)
+    start = _DEPARTURES_BYTES + zeroed
+    return WorkspaceLayout(start, start + scratch)
 
 
-def _state_bytes(tile_q: int, head_dim: int) -> int:
-    """Return the bytes of one partial state: its rows, and each row's lse once for every 16 columns."""
-    return 4 * tile_q * (head_dim + head_dim // 16)
+def workspace_bytes(device: int) -> int:
+    """Return the bytes of a workspace for all calls without fixed splits."""
+    return workspace_layout(device).end
+
+
+def is_zeroed(workspace: Any) -> bool:
+    """Say whether a workspace is zero where it must be between launches; waits for the device."""
+    layout = workspace_layout(workspace.device.id)
+    return not (workspace[: layout.scratch].any() or workspace[layout.end :].any())
+
+
+def _lse_bytes(state_bytes: int, word_flags: bool) -> int:
+    """Return the bytes of partial states' lse: a row's, once for each of its lines."""
+    return state_bytes // (16 if word_flags else 64)

@@ -512,13 +512,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.slot + 1 == tile.group.first + tile.group.num_partials) {
       __syncthreads();  // the scratch memory is free again
-      merge_share<kThreads, kFixedSplits, false>(partials, output, tile, smem_scratch);
+      merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_scratch);
     }
     clear();
   }
 
-  smem_run_end.merge<kThreads, kFixedSplits, false>(ctas, partials, output,
-                                                    reinterpret_cast<float*>(smem_kv));
+  smem_run_end.merge<kThreads, kFixedSplits>(ctas, partials, output, reinterpret_cast<float*>(smem_kv));
 }
 
 }  // namespace cupyattn

@@ -478,11 +478,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.slot + 1 == tile.group.first + tile.group.num_partials) {
       __syncthreads();  // the logits have been read
-      merge_share<kThreads, kFixedSplits, false>(partials, output, tile, smem_logits);
+      merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_logits);
     }
     clear();
   }
-  smem_run_end.merge<kThreads, kFixedSplits, !kFixedSplits>(ctas, partials, output, smem_logits);
+  smem_run_end.merge<kThreads, kFixedSplits>(ctas, partials, output, smem_logits);
 }
 
 }  // namespace cupyattn

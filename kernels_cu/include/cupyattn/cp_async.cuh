@@ -13,13 +13,13 @@ __device__ __forceinline__ u32 smem_address_of(const void* smem) {
 // For data that is read once: it leaves L2 before anything that may be used again.
 __device__ __forceinline__ u64 evict_first_policy() {
   u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
 __device__ __forceinline__ u64 evict_normal_policy() {
   u64 policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

@@ -4,15 +4,19 @@
 // written as zero bits (+0 is written as -0): a word that is not zero is there. So readers need no fence, no counter
 // and no barrier, and merge what is there while they wait for the rest.
 //
-// A *line* is 16 columns of a row: 64 bytes, four lanes with 16 each, and a copy of the row's lse. The CTAs that share
-// a group share its lines. Each takes its own when its run is done; it reads them in all states of the group and sets
-// them back to zero, so that a captured graph can be replayed.
+// Of large states that would cost too much: every word is written twice and asked for more than once. There only the
+// lse are such words, and *flags* for the rest, which is written before and need not be zero at first.
+//
+// A *line* is 16 columns of a row (64 bytes, four lanes with 16 each), or 64 where the lse are flags, and a copy of the
+// row's lse. The CTAs that share a group share its lines. Each takes its own when its run is done; it reads them in all
+// states of the group and sets them back to zero, so that a captured graph can be replayed.
 //
 // Nobody waits before it has written all that others wait for, nor for a CTA that has not started: that one may need
 // the place of those that wait. Where other kernels hold SMs for so long that a CTA is done before all have started,
 // it departs, and leaves its lines to those that are done later.
 //
-// States are merged in an order that their number alone decides, so results do not depend on who came when.
+// States are merged in an order that their number decides (and how many lines a CTA has, but for fixed splits), so results
+// do not depend on who came when.
 #pragma once
 
 #include "cupyattn/barrier.cuh"
@@ -74,13 +78,17 @@ __device__ __forceinline__ u64 atomic_cas(u64* gmem, u64 expected, u64 x) {
   return old;
 }
 
+// Before a flag is written, and after one has been read.
+__device__ __forceinline__ void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 __device__ __forceinline__ bool is_there(float word) { return __float_as_uint(word) != 0; }
 __device__ __forceinline__ float never_zero_bits(float x) { return is_there(x) ? x : -0.0f; }
 
-// Scratch memory of a launch, by slots.
-template <int kHeadDim, int kTileQ>
+// Scratch memory of a launch, by slots. Without kWordFlags only the lse are flags.
+template <int kHeadDim, int kTileQ, bool kWordFlags = true>
 struct Partials {
-  static constexpr int kLineDims = 16;
+  static constexpr bool kHasWordFlags = kWordFlags;
+  static constexpr int kLineDims = kWordFlags ? 16 : 64;
   static constexpr int kRowLines = kHeadDim / kLineDims;
 
   float* out;       // [num_slots, kTileQ, kHeadDim]
@@ -93,15 +101,40 @@ struct Partials {
   __device__ __forceinline__ float* lse_at(int slot, int line) const {
     return lse_log2 + static_cast<i64>(slot) * (kTileQ * kRowLines) + line;
   }
+  __device__ __forceinline__ float* row_at(int slot, int row) const {
+    return reinterpret_cast<float*>(line_at(slot, row * kRowLines));
+  }
 
-  // Four columns of a row from `dim` on.
+  // Four columns of a row from `dim` on; without kWordFlags, its flags come later.
   __device__ __forceinline__ void write(int slot, int row, int dim, const float4& x,
                                         float row_lse_log2) const {
-    const int line = row * kRowLines + dim / kLineDims;
-    store_relaxed(
-        line_at(slot, line) + dim % kLineDims / 4,
-        make_float4(never_zero_bits(x.x), never_zero_bits(x.y), never_zero_bits(x.z), never_zero_bits(x.w)));
-    if (dim % kLineDims == 0) store_relaxed(lse_at(slot, line), never_zero_bits(row_lse_log2));
+    write4(row_at(slot, row) + dim, x);
+    if (kWordFlags && dim % kLineDims == 0) {
+      store_relaxed(lse_at(slot, row * kRowLines + dim / kLineDims), never_zero_bits(row_lse_log2));
+    }
+  }
+
+  // The same in steps. First, in a row:
+  __device__ __forceinline__ void write4(float* target, float4 x) const {
+    if (kWordFlags) {
+      x = make_float4(never_zero_bits(x.x), never_zero_bits(x.y), never_zero_bits(x.z), never_zero_bits(x.w));
+    }
+    store_relaxed(reinterpret_cast<float4*>(target), x);
+  }
+  // Then the warp that has written it all:
+  __device__ __forceinline__ void fence() const {
+    __syncwarp();
+    if (!kWordFlags) fence_acq_rel();
+  }
+  // Then the lse of 64 columns from `dim` on.
+  __device__ __forceinline__ void write_flags(int slot, int row, int dim, float row_lse_log2) const {
+    const float x = never_zero_bits(row_lse_log2);
+    float* target = lse_at(slot, row * kRowLines + dim / kLineDims);
+    if (kWordFlags) {
+      store_relaxed(reinterpret_cast<float4*>(target), make_float4(x, x, x, x));
+    } else {
+      store_relaxed(target, x);
+    }
   }
 };
 
@@ -128,7 +161,7 @@ struct Departures {
   static constexpr u64 kMark = 1ull << 32;
   static constexpr int kMaxCtas = 4096;
 
-  struct alignas(16) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of decode.py
+  struct alignas(16) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of runs.py
     u64 counts;
     // Where CTAs have departed, and there are no marks:
     u32 num_taken;
@@ -136,7 +169,7 @@ struct Departures {
     u64 is_written[kMaxCtas];
     Share shares[kMaxCtas][2];  // of those that have departed, in that order
   };
-  static_assert(sizeof(Memory) == 16 + kMaxCtas * (8 + 2 * sizeof(Share)), "_DEPARTURES_BYTES of decode.py");
+  static_assert(sizeof(Memory) == 16 + kMaxCtas * (8 + 2 * sizeof(Share)), "_DEPARTURES_BYTES of runs.py");
   Memory* memory;
   u32 num_ctas;
 
@@ -195,111 +228,11 @@ struct Departures {
 constexpr int kHotPolls = 4;        // then other CTAs' copies come first
 constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
 
-// What merge_lines does where each of the 2^parts_log2 x 4 lanes that share a line has four states at most: a lane works
-// on kLines lines at once.
-template <int kLines, int kHeadDim, int kTileQ, typename Write>
-__device__ __forceinline__ void merge_many_lines(const Partials<kHeadDim, kTileQ>& partials,
-                                                 const GroupSlots& group, int part, int parts_log2, int line,
-                                                 int end_line, int lines_at_once, const Write& write) {
-  constexpr int kStates = 4;
-  constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
-  const int lane = threadIdx.x % 32;
-  const int num_states = group.num_partials;
-  const auto slot_of = [&](int j) { return group.slot(min(part + (j << parts_log2), num_states - 1)); };
-#pragma unroll 1
-  for (; __any_sync(0xffffffffu, line < end_line); line += kLines * lines_at_once) {
-    float lse[kLines][kStates];
-    float4 value[kLines][kStates];
-    const auto line_of = [&](int l) { return min(line + l * lines_at_once, end_line - 1); };
-    // Until the first line is there, a word of each state is asked for, and not all: so much would delay those who
-    // are still to write it.
-    for (int polls = 0; line < end_line; ++polls) {
-      bool all_there = true;
-#pragma unroll
-      for (int j = 0; j < kStates; ++j) {
-        all_there &= is_there(load_relaxed(partials.lse_at(slot_of(j), line_of(0))));
-      }
-      if (all_there) break;
-      if (polls > kPatience) __trap();
-      __nanosleep(200);
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int polls = 0;; ++polls) {
-      bool all_there = true;
-#pragma unroll
-      for (int l = 0; l < kLines; ++l)
-#pragma unroll
-        for (int j = 0; j < kStates; ++j) {
-          lse[l][j] = load_relaxed(partials.lse_at(slot_of(j), line_of(l)));
-          value[l][j] = load_relaxed(partials.line_at(slot_of(j), line_of(l)) + lane % 4);
-        }
-#pragma unroll
-      for (int l = 0; l < kLines; ++l) {
-        const bool exists = line + l * lines_at_once < end_line;
-#pragma unroll
-        for (int j = 0; j < kStates; ++j) {
-          const float4& x = value[l][j];
-          all_there &= !exists || (is_there(lse[l][j]) && is_there(x.x) && is_there(x.y) && is_there(x.z) &&
-                                   is_there(x.w));
-        }
-      }
-      if (__all_sync(0xffffffffu, all_there)) break;
-      if (polls > kPatience) __trap();
-      if (polls >= kHotPolls) __nanosleep(200);
-    }
-#pragma unroll
-    for (int l = 0; l < kLines; ++l) {
-      SoftmaxState state;
-      float4 acc = {};
-      float lse_max = neg_infinity();
-#pragma unroll
-      for (int j = 0; j < kStates; ++j) {
-        if (part + (j << parts_log2) >= num_states) lse[l][j] = neg_infinity();
-        lse_max = fmaxf(lse_max, lse[l][j]);
-      }
-#pragma unroll 1
-      for (int delta = 4; delta < 4 << parts_log2; delta *= 2) {
-        lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
-      }
-      state.raise(lse_max);
-#pragma unroll
-      for (int j = 0; j < kStates; ++j) {
-        const float weight = state.weight(lse[l][j]);
-        state.sum += weight;
-        acc.x += weight * value[l][j].x, acc.y += weight * value[l][j].y;
-        acc.z += weight * value[l][j].z, acc.w += weight * value[l][j].w;
-      }
-#pragma unroll 1
-      for (int delta = 4; delta < 4 << parts_log2; delta *= 2) {
-        const auto add = [&](float& x) { x += __shfl_xor_sync(0xffffffffu, x, delta); };
-        add(state.sum), add(acc.x), add(acc.y), add(acc.z), add(acc.w);
-      }
-      const int own_line = line + l * lines_at_once;
-      const bool exists = own_line < end_line;
-      if (exists && part == 0) {
-        const float inverse = state.inverse_sum();
-        acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
-        write(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4, acc,
-              state.lse_log2());
-      }
-      // The shuffles were after all reads of the line.
-#pragma unroll
-      for (int j = 0; j < kStates; ++j) {
-        if (!exists || part + (j << parts_log2) >= num_states) continue;
-        store_relaxed(partials.line_at(slot_of(j), own_line) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        if (lane % 4 == 0) store_relaxed(partials.lse_at(slot_of(j), own_line), 0.0f);
-      }
-    }
-  }
-}
-
 // Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; threads 0 .. kThreads - 1 call it.
-// `kManyLines`: with few states, a lane asks for those of several lines at once.
 // `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
 // once. `scratch`: shared memory, 24 floats a warp.
 // `write(row, dim, value, lse_log2)`, for the result.
-template <int kThreads, int kInFlight, bool kManyLines, int kHeadDim, int kTileQ, typename Write>
+template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename Write>
 __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials,
                                             const GroupSlots& group, bool wide, int line, int end_line,
                                             float* scratch, const Write& write) {
@@ -314,11 +247,6 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
   const int stride = wide ? 8 * kWarps : 1 << parts_log2;
   const int part = threadIdx.x / 4 & (stride - 1);
   const int lines_at_once = wide ? 1 : kWarps * 8 >> parts_log2;
-  if (kManyLines && !wide && num_states <= 4 << parts_log2) {
-    merge_many_lines<kInFlight / 4>(partials, group, part, parts_log2, line + (threadIdx.x / 4 >> parts_log2),
-                                    end_line, lines_at_once, write);
-    return;
-  }
 #pragma unroll 1
   for (line += wide ? 0 : threadIdx.x / 4 >> parts_log2;; line += lines_at_once) {
     // Lanes beyond the last line help to read it, and write nothing.
@@ -356,7 +284,7 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
                        is_there(value[j].z) && is_there(value[j].w);
         }
         if (__all_sync(0xffffffffu, all_there || !exists)) break;
-        if (!kManyLines && polls < kHotPolls) continue;
+        if (polls < kHotPolls) continue;
         if (polls > kPatience) __trap();
         if (exists && missing != nullptr) {
           while (!is_there(load_relaxed(missing))) {
@@ -428,6 +356,138 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
     }
     if (wide) sync_threads<kThreads>();  // the scratch memory is free again
   }
+}
+
+// The sum over states of weight x line, for lines `line`, `line` + `line_step`, ... (kLines of those before
+// `end_line`) and states `part`, `part` + `num_parts`, ...; 16 lanes share a line.
+template <int kLines, int kStates, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void add_lines(const Partials<kHeadDim, kTileQ, false>& partials,
+                                          const GroupSlots& group, const float* weights, int line,
+                                          int line_step, int end_line, int part, int num_parts,
+                                          float4 (&acc)[kLines]) {
+#pragma unroll 1
+  for (int begin = part; begin < group.num_partials; begin += kStates * num_parts) {
+    float4 value[kLines][kStates];
+#pragma unroll
+    for (int j = 0; j < kStates; ++j) {
+      const int state = begin + j * num_parts;
+      const float4* source = partials.line_at(group.slot(state), 0) + threadIdx.x % 16;
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) {
+        value[l][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (state < group.num_partials && line + l * line_step < end_line) {
+          value[l][j] = load_relaxed(source + (line + l * line_step) * 16);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kStates; ++j)
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) {
+        const int state = min(begin + j * num_parts, group.num_partials - 1);
+        const float weight = weights[l * line_step * group.num_partials + state];
+        acc[l].x += weight * value[l][j].x, acc[l].y += weight * value[l][j].y;
+        acc[l].z += weight * value[l][j].z, acc[l].w += weight * value[l][j].w;
+      }
+  }
+}
+
+// The same where only the lse are flags: first all of them, which become weights; then the lines, of which there is one
+// at least. `scratch`: 16 bytes a thread; for every line, and for every state of it, a float.
+template <int kThreads, int kHeadDim, int kTileQ, typename Write>
+__device__ __forceinline__ void merge_flagged_lines(const Partials<kHeadDim, kTileQ, false>& partials,
+                                                    const GroupSlots& group, int first_line, int end_line,
+                                                    float* scratch, const Write& write) {
+  constexpr int kRowLines = Partials<kHeadDim, kTileQ, false>::kRowLines;
+  constexpr int kTeams = kThreads / 16;
+  const int num_lines = end_line - first_line;
+  const int num_states = group.num_partials;
+  float4* sums = reinterpret_cast<float4*>(scratch);  // [kThreads]
+  float* line_lse = scratch + kThreads * 4;           // [num_lines]
+  float* weights = line_lse + num_lines;              // [num_lines][num_states]
+#pragma unroll 1
+  for (int i = threadIdx.x; i < num_lines * num_states; i += kThreads) {
+    const int state = static_cast<u32>(i) / static_cast<u32>(num_lines);
+    const int line = i - state * num_lines;
+    float* flag = partials.lse_at(group.slot(state), first_line + line);
+    float x = load_relaxed(flag);
+    for (int polls = 0; !is_there(x); ++polls) {
+      if (polls > kPatience) __trap();
+      if (polls >= kHotPolls) __nanosleep(100);
+      x = load_relaxed(flag);
+    }
+    store_relaxed(flag, 0.0f);
+    weights[line * num_states + state] = x;
+  }
+  fence_acq_rel();
+  sync_threads<kThreads>();
+  // With few lines, a warp has one, else a thread.
+  const bool by_warp = num_lines < 32;
+  const int lane = by_warp ? threadIdx.x % 32 : 0;
+  const int num_lanes = by_warp ? 32 : 1;
+#pragma unroll 1
+  for (int line = by_warp ? threadIdx.x / 32 : threadIdx.x; line < num_lines; line += kThreads / num_lanes) {
+    float* own = weights + line * num_states;
+    SoftmaxState state;
+    float lse_max = neg_infinity();
+    for (int j = lane; j < num_states; j += num_lanes) lse_max = fmaxf(lse_max, own[j]);
+    if (by_warp) {
+#pragma unroll
+      for (int delta = 1; delta < 32; delta *= 2) {
+        lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
+      }
+    }
+    state.raise(lse_max);
+    for (int j = lane; j < num_states; j += num_lanes) state.sum += own[j] = state.weight(own[j]);
+    if (by_warp) {
+#pragma unroll
+      for (int delta = 1; delta < 32; delta *= 2) {
+        state.sum += __shfl_xor_sync(0xffffffffu, state.sum, delta);
+      }
+    }
+    const float inverse = state.inverse_sum();
+    for (int j = lane; j < num_states; j += num_lanes) own[j] *= inverse;
+    if (lane == 0) line_lse[line] = state.lse_log2();
+  }
+  sync_threads<kThreads>();
+  // Sixteen lanes are a team. With fewer lines than teams, several share the states of a line.
+  const auto finish = [&](int line, const float4& x) {
+    const int at = first_line + line;
+    write(at / kRowLines, at % kRowLines * partials.kLineDims + threadIdx.x % 16 * 4, x, line_lse[line]);
+  };
+  const int team = threadIdx.x / 16;
+  if (num_lines >= kTeams) {
+    constexpr int kLines = 4;
+#pragma unroll 1
+    for (int line = team; line < num_lines; line += kLines * kTeams) {
+      float4 acc[kLines] = {};
+      add_lines<kLines, 4>(partials, group, weights + line * num_states, first_line + line, kTeams, end_line,
+                           0, 1, acc);
+#pragma unroll
+      for (int l = 0; l < kLines; ++l) {
+        if (line + l * kTeams < num_lines) finish(line + l * kTeams, acc[l]);
+      }
+    }
+  } else {
+    const int num_parts = kTeams / num_lines;
+    const int line = team / num_parts;
+    float4 acc[1] = {};
+    if (line < num_lines) {
+      add_lines<1, 8>(partials, group, weights + line * num_states, first_line + line, kTeams, end_line,
+                      team % num_parts, num_parts, acc);
+    }
+    sums[threadIdx.x] = acc[0];
+    sync_threads<kThreads>();
+    if (line < num_lines && team % num_parts == 0) {
+#pragma unroll 1
+      for (int i = 1; i < num_parts; ++i) {
+        const float4 x = sums[threadIdx.x + i * 16];
+        acc[0].x += x.x, acc[0].y += x.y, acc[0].z += x.z, acc[0].w += x.w;
+      }
+      finish(line, acc[0]);
+    }
+  }
+  sync_threads<kThreads>();  // the scratch memory is free again
 }
 
 }  // namespace cupyattn

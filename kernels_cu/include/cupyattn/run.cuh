@@ -25,6 +25,7 @@ struct alignas(16) TileInfo {
   int slot;  // of the group's, where the segment's state goes
   int rank;  // among the CTAs that have a part of the group
   int num_sharers;
+  int first_column;  // of a row of the result: what the CTA has of it begins there
 
   // The tile that a cursor points at, whose segment began here or earlier.
   template <int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
@@ -43,7 +44,7 @@ struct alignas(16) TileInfo {
       const int in_part = group_begin - part * partition.part_units;
       const int first_cta = part * partition.part_ctas + partition.cta_of(in_part);
       const int last_cta = part * partition.part_ctas + partition.cta_of(in_part + num_units - 1);
-      tile.rank = blockIdx.x - first_cta;
+      tile.rank = partition.cta - first_cta;
       tile.num_sharers = last_cta + 1 - first_cta;
       tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}
                                 : GroupSlots{2 * first_cta, 2, tile.num_sharers};
@@ -58,7 +59,7 @@ struct alignas(16) TileInfo {
     return min(qo_len * group_size.value - q_tile * kTileQ, kTileQ);
   }
 };
-static_assert(sizeof(TileInfo) == 64, "_TILE_INFO_BYTES of workspace.py");
+static_assert(sizeof(TileInfo) == 64, "_TILE_INFO_BYTES of runs.py");
 
 template <typename T>
 __device__ __forceinline__ void store4(T* gmem, const float4& x) {
@@ -74,39 +75,61 @@ struct Output {
   i64 lse_stride_token, lse_stride_head;
   Divisor group_size;
 
-  // Four columns of a row of the tile from `dim` on.
-  __device__ __forceinline__ void write(const TileInfo& tile, int row, int dim, const float4& value,
-                                        float lse_log2) const {
+  // One row of the tile, from `dim` on of what the CTA has of it.
+  struct Row {
+    T* out;
+    float* lse;  // null where this part of the row does not write it
+
+    __device__ __forceinline__ void write(int dim, const float4& value) const { store4(out + dim, value); }
+    __device__ __forceinline__ void write_lse(float lse_log2) const {
+      if (lse != nullptr) *lse = lse_log2 * kLn2;
+    }
+  };
+  __device__ __forceinline__ Row row_at(const TileInfo& tile, int row, int dim) const {
     const int row_in_request = tile.q_tile * kTileQ + row;
     const int token_in_request = group_size.divide(row_in_request);
-    const int token = tile.qo_begin + token_in_request;
+    const i64 token = tile.qo_begin + token_in_request;
     const int head = tile.kv_head * group_size.value + group_size.modulo(row_in_request, token_in_request);
-    store4(out + token * stride_token + head * stride_head + dim, value);
-    if (dim == 0 && lse != nullptr) {
-      lse[token * lse_stride_token + head * lse_stride_head] = lse_log2 * kLn2;
-    }
+    dim += tile.first_column;
+    return {out + token * stride_token + head * stride_head + dim,
+            dim == 0 && lse != nullptr ? lse + token * lse_stride_token + head * lse_stride_head : nullptr};
+  }
+
+  // Four columns.
+  __device__ __forceinline__ void write(const TileInfo& tile, int row, int dim, const float4& value,
+                                        float lse_log2) const {
+    const Row target = row_at(tile, row, dim);
+    target.write(0, value);
+    target.write_lse(lse_log2);
   }
 };
 
 // This CTA's share of the group that `tile` has ended a segment of; threads 0 .. kThreads - 1 call it.
-// `scratch`: shared memory, 24 floats a warp.
-template <int kThreads, bool kFixedSplits, bool kManyLines, typename T, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& partials,
+// `scratch`: shared memory, 24 floats a warp; see merge_flagged_lines.
+template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ, bool kWordFlags>
+__device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ, kWordFlags>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
                                             float* scratch) {
   const int num_lines = tile.num_rows<kTileQ>(output.group_size) * partials.kRowLines;
   const int lines_each =
       static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
   const int first_line = min(tile.rank * lines_each, num_lines);
-  // Inside the loop there are fewer registers than at the end.
-  constexpr int kInFlight = kFixedSplits ? 4 : kManyLines ? 16 : 8;
-  // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
-  const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
-  merge_lines<kThreads, kInFlight, kManyLines>(partials, tile.group, wide, first_line,
-                                               min(first_line + lines_each, num_lines), scratch,
-                                               [&](int row, int dim, const float4& value, float lse_log2) {
-                                                 output.write(tile, row, dim, value, lse_log2);
-                                               });
+  const int end_line = min(first_line + lines_each, num_lines);
+  const auto write = [&](int row, int dim, const float4& value, float lse_log2) {
+    output.write(tile, row, dim, value, lse_log2);
+  };
+  if constexpr (kWordFlags) {
+    // Inside the loop there are fewer registers than at the end.
+    constexpr int kInFlight = kFixedSplits ? 4 : 8;
+    // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
+    const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
+    merge_lines<kThreads, kInFlight>(partials, tile.group, wide, first_line, end_line, scratch, write);
+  } else {
+    static_assert(!kFixedSplits);
+    if (first_line < end_line) {
+      merge_flagged_lines<kThreads>(partials, tile.group, first_line, end_line, scratch, write);
+    }
+  }
 }
 
 // What a run leaves to its end, in shared memory.
@@ -125,10 +148,11 @@ struct RunEnd {
     cp_async_commit();
   }
 
-  // Threads 0 .. kThreads - 1: this CTA's share of the groups that it has only a part of, and what CTAs that have departed left.
-  template <int kThreads, bool kFixedSplits, bool kManyLines, typename T, int kHeadDim, int kTileQ>
+  // Threads 0 .. kThreads - 1: this CTA's share of the groups that it has only a part of, and what CTAs that have
+  // departed left.
+  template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ, bool kWordFlags>
   __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas,
-                                        const Partials<kHeadDim, kTileQ>& partials,
+                                        const Partials<kHeadDim, kTileQ, kWordFlags>& partials,
                                         const Output<T, kTileQ>& output, float* scratch) {
     const bool asks = threadIdx.x == 0;
     if (asks) {
@@ -141,7 +165,7 @@ struct RunEnd {
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         if (shared[i].num_sharers > 1)
-          merge_share<kThreads, kFixedSplits, kManyLines>(partials, output, shared[i], scratch);
+          merge_share<kThreads, kFixedSplits>(partials, output, shared[i], scratch);
       }
       if (num_departed <= 0) return;
       sync_threads<kThreads>();  // all are done with them

@@ -81,6 +81,7 @@ struct Request {
 
 // The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`. Each part alike.
 struct Partition {
+  int cta;       // this one
   int num_ctas;  // of all parts
   int quota;
   int num_longer;
@@ -193,19 +194,20 @@ __device__ __forceinline__ int inclusive_sum(int value, int* smem_warp_totals, i
   return end;
 }
 
-// This CTA's place on the line; all threads must call it. False where the line is too short to reach it.
+// The place on the line of CTA `cta` of `max_ctas`; all its threads must call it. False where the line is too short to
+// reach it. A cluster that shares the work of one run has one number (and means itself where CTAs are spoken of).
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
 // begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
 // requests there is one round trip to memory.
 template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
 __device__ __forceinline__ bool begin_run(const Problem& problem,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
-                                          Partition& partition) {
+                                          Partition& partition, int cta = blockIdx.x,
+                                          int max_ctas = gridDim.x) {
   __shared__ int smem_warp_totals[kThreads / 32];
   __shared__ Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost> smem_cursor;
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
   const int tid = threadIdx.x;
-  const int cta = blockIdx.x;
   const int stride = ceil_div(problem.batch_size, kThreads);
   const int first_request = tid * stride;
   const int end_request = min(first_request + stride, problem.batch_size);
@@ -240,15 +242,17 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     const int first_q_tiles = OneRequest(problem, 0).num_q_tiles(problem);
     is_uniform &= first_request >= end_request || num_q_tiles == first_q_tiles;
     has_more_q_tiles = true;
-    if (__syncthreads_and(is_uniform) && first_q_tiles <= min(kMaxParts, static_cast<int>(gridDim.x))) {
+    if (__syncthreads_and(is_uniform) && first_q_tiles <= min(kMaxParts, max_ctas)) {
       num_parts = first_q_tiles;
       has_more_q_tiles = false;
     }
   }
-  partition = Partition(total, gridDim.x, num_parts);
+  partition = Partition(total, max_ctas, num_parts);
+  partition.cta = cta;
   if (kQTilesOutermost && !kFixedSplits && __syncthreads_and(is_equal)) {
-    constexpr int kStateTiles = 2 + kTileQ / 8;  // about what a CTA's partial states cost
-    partition.align(OneRequest(problem, 0).num_tiles(), kStateTiles, num_parts);
+    // About what a CTA's partial states cost; in a long run, whole groups are read somewhat faster too.
+    const int slack = 4 + partition.quota / 32;
+    partition.align(OneRequest(problem, 0).num_tiles(), slack, num_parts);
   }
   if (cta >= partition.num_ctas) return false;
   cursor.q_tile = kQTilesOutermost ? cta / partition.part_ctas : 0;

@@ -52,6 +52,13 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 
+// Volatile: where registers are scarce, made again rather than kept.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -2,7 +2,8 @@
 //
 // Operands in shared memory lie in *blocks* of rows of 128 bytes (64 elements), whose 16-byte chunks are XORed with the
 // row's last three bits: the 128-byte swizzle. Eight rows are 1024 bytes, which blocks are aligned to. The same block
-// serves as a K-major operand (rows are M or N) and as an MN-major one (rows are K).
+// serves as a K-major operand (rows are M or N) and as an MN-major one (rows are K). A *half block* has rows of 64 bytes,
+// whose chunks are XORed with the row's second and third bit, and serves as a K-major operand.
 //
 // Accumulators of 64 x N, for warp w of the group and lane = 4 * g + t: c[4 * n + 0, 1] are row 16 * w + g, columns
 // 8 * n + 2t, + 1; c[4 * n + 2, 3] the same of row 16 * w + g + 8.
@@ -22,6 +23,10 @@ __device__ __forceinline__ u32 block_offset(int row, int chunk) {
   return row * kBlockRowBytes + 16 * (chunk ^ (row & 7));
 }
 
+__device__ __forceinline__ u32 half_block_offset(int row, int chunk) {
+  return row * (kBlockRowBytes / 2) + 16 * (chunk ^ (row >> 1 & 3));
+}
+
 // Describes an operand that begins at `smem_address`. `block_bytes`: from one block to the next, of an MN-major operand
 // wider than 64.
 __device__ __forceinline__ u64 swizzled_operand(u32 smem_address, u32 block_bytes) {
@@ -29,6 +34,12 @@ __device__ __forceinline__ u64 swizzled_operand(u32 smem_address, u32 block_byte
   constexpr u64 kEightRows = 8 * kBlockRowBytes;
   return kSwizzle128 | kEightRows / 16 << 32 | static_cast<u64>(block_bytes / 16) << 16 |
          (smem_address & 0x3ffff) / 16;
+}
+// Of half blocks.
+__device__ __forceinline__ u64 half_swizzled_operand(u32 smem_address) {
+  constexpr u64 kSwizzle64 = 2ull << 62;
+  constexpr u64 kEightRows = 8 * kBlockRowBytes / 2;
+  return kSwizzle64 | kEightRows / 16 << 32 | (smem_address & 0x3ffff) / 16;
 }
 // The same operand, so many bytes further.
 __device__ __forceinline__ u64 advance(u64 operand, u32 bytes) { return operand + bytes / 16; }
@@ -48,29 +59,27 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// c = A B or c += A B; A [64, 16] and B [16, 64] in shared memory, both K-major.
+// c = A B or c += A B; A [64, 16] and B [16, 48] in shared memory, both K-major.
 template <typename T>
-__device__ __forceinline__ void wgmma_m64n64k16(float (&c)[32], u64 a, u64 b, bool accumulates);
+__device__ __forceinline__ void wgmma_m64n48k16(float (&c)[24], u64 a, u64 b, bool accumulates);
 // c += A B; A [64, 16] in registers (as the A operand of mma.cuh, of each warp's 16 rows), B [16, 256] MN-major.
 template <typename T>
 __device__ __forceinline__ void wgmma_m64n256k16(float (&c)[128], const u32 (&a)[4], u64 b);
 
 template <>
-__device__ __forceinline__ void wgmma_m64n64k16<half_t>(float (&c)[32], u64 a, u64 b, bool accumulates) {
+__device__ __forceinline__ void wgmma_m64n48k16<half_t>(float (&c)[24], u64 a, u64 b, bool accumulates) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, p, 1, 1, 0, 0;\n"
+      "setp.ne.b32 p, %26, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+      "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+      "}, %24, %25, p, 1, 1, 0, 0;\n"
       "}\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
         "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
-        "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
-        "+f"(c[30]), "+f"(c[31])
+        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)));
 }
 template <>
@@ -108,21 +117,19 @@ __device__ __forceinline__ void wgmma_m64n256k16<half_t>(float (&c)[128], const 
 }
 
 template <>
-__device__ __forceinline__ void wgmma_m64n64k16<bfloat16_t>(float (&c)[32], u64 a, u64 b, bool accumulates) {
+__device__ __forceinline__ void wgmma_m64n48k16<bfloat16_t>(float (&c)[24], u64 a, u64 b, bool accumulates) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, p, 1, 1, 0, 0;\n"
+      "setp.ne.b32 p, %26, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+      "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+      "}, %24, %25, p, 1, 1, 0, 0;\n"
       "}\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
         "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
-        "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
-        "+f"(c[30]), "+f"(c[31])
+        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23])
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)));
 }
 template <>
