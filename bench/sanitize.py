@@ -94,14 +94,20 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(name, problem on the host, options) for `mla_decode`: short and long requests, as in `decode_problems`.
 
     These are problems of `decode` whose keys and values are the same 576 numbers: `attend` gives 576 columns for
-    them, of which the first 512 are MLA's. 16 and 32 heads fill a tile of rows, 40 do not, 128 take several; with
-    `qo_lens` a tile may hold several tokens.
+    them, of which the first 512 are MLA's. 16 heads fill a tile of rows, 24 and 40 do not, 128 do or take several;
+    with `qo_lens` a tile may hold several tokens.
     """
     from problems import build_problem
 
     from cupyattn import kernels
 
-    shapes = ((16, 16, None), (32, 64, [1, 1, 3, 0, 20]), (40, 1, None), (128, 64, [1, 1, 2, 0, 3]))
+    shapes = (
+        (16, 16, None),
+        (24, 16, None),
+        (32, 64, [1, 1, 3, 0, 20]),
+        (40, 1, None),
+        (128, 64, [1, 1, 2, 0, 3]),
+    )
     for dtype, (heads, page_size, qo_lens) in itertools.product(kernels.DECODE_DTYPES, shapes):
         common: dict[str, Any] = {
             "dtype": dtype,

@@ -859,8 +859,8 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
         out, lse = cupyattn.mla_decode(problem.q, cache, problem.pages, return_lse=True, **problem.options)
         wanted, wanted_lse = attend(problem)
         assert not misses(out, lse, (wanted[..., :512], wanted_lse), problem.dtype, np), name
-    assert heads == {16, 32, 40, 128}
-    assert len(names) == 2 * 4 * (2 * 2 + 2)
+    assert heads == {16, 24, 32, 40, 128}
+    assert len(names) == 2 * 5 * (2 * 2 + 2)
 
 
 def test_sanitizer_findings_are_counted_by_kernel() -> None:

@@ -38,6 +38,7 @@ from strategies import FIXED_SPLIT_SIZES, MLA_DIMS, mla_arguments
 
 import cupyattn
 from cupyattn import Rope, mla_append, mla_decode
+from cupyattn.runs import is_zeroed
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000")) // 5
 DTYPES = ("float16", "bfloat16")
@@ -169,7 +170,9 @@ def test_any_number_of_heads(xp, num_heads):
             check(problem, (num_heads, more, "fixed splits"), fixed_split_size=256)
 
 
-@pytest.mark.parametrize("window_left", [0, 1, 30, 31, 32, 33, 62, 63, 64, 65, 500, 2**31 - 1])
+@pytest.mark.parametrize(
+    "window_left", [0, 1, 30, 31, 32, 33, 46, 47, 48, 49, 62, 63, 64, 65, 500, 2**31 - 1]
+)
 def test_windows_around_tile_edges(xp, window_left):
     for num_heads, qo_lens in itertools.product((16, 128), (None, [1, 2, 0, 64, 1, 5, 9])):
         kv_lens = [1, 2, 0, 64, 128, 129, 2]  # the last has fewer keys than queries, if several
@@ -342,7 +345,7 @@ def test_the_same_bits_every_time(xp, num_heads, qo_lens, fixed_split_size):
         if i % 3 == 0:
             other.call(mla_decode, workspace=mode["workspace"])  # other partials in the same places
         assert decode_bytes(problem, **mode) == first, f"run {i}"
-        assert mode["workspace"] is None or not mode["workspace"].any(), f"run {i}"
+        assert mode["workspace"] is None or is_zeroed(mode["workspace"]), f"run {i}"
     stream = new_stream(xp)
     out = xp.empty(problem.out_shape, problem.q.dtype)
     lse = xp.empty(problem.q.shape[:2], np.float32)
@@ -452,7 +455,7 @@ def test_workspace_of_fixed_splits(gpu, num_heads, qo_lens):
         assert workspace.nbytes == needed
         for fixed_split_size in (64, None, 64, 1024, None):
             check(problem, fixed_split_size, workspace=workspace, fixed_split_size=fixed_split_size)
-            assert not workspace.any(), fixed_split_size
+            assert is_zeroed(workspace), fixed_split_size
     assert (memory[needed:] == 0xFF).all()
 
 
@@ -462,9 +465,9 @@ def test_one_workspace_serves_decode_and_mla_decode(gpu):
     for i in range(6):
         mla = build(gpu, [9000, 3, 500], num_heads=(16, 40, 128)[i % 3])
         check(mla, i, workspace=workspace)
-        assert not workspace.any()
+        assert is_zeroed(workspace)
         check(build_problem([9000, 3, 500], head_dim=(64, 128, 256)[i % 3], xp=gpu), i, workspace=workspace)
-        assert not workspace.any()
+        assert is_zeroed(workspace)
 
 
 # -- CUDA graphs --
@@ -637,7 +640,7 @@ def test_two_streams_at_once(xp, fixed_split_size):
         stream.synchronize()
         assert {to_host(out).tobytes() + to_host(lse).tobytes() for out, lse in result} == {wanted}
     for mode in modes:
-        assert mode["workspace"] is None or not mode["workspace"].any()
+        assert mode["workspace"] is None or is_zeroed(mode["workspace"])
 
 
 @pytest.mark.gpu
@@ -646,7 +649,8 @@ def test_two_streams_at_once(xp, fixed_split_size):
 def test_where_another_kernel_holds_the_sms(gpu, num_heads, fixed_split_size):
     """CTAs that end before all have started leave their lines to those that end later: the bits are the same."""
     problem = build(gpu, [20_000, 3000, 0, 700], num_heads=num_heads)
-    check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size)
+    # Of ten SMs, two are of one GPC: there are eight of them at most.
+    check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size, num_free=10)
 
 
 @pytest.mark.gpu

@@ -61,15 +61,16 @@ def test_every_shape_of_the_mla_kernel_fits(arch):
 
 
 def test_shapes_of_the_sm90_kernel():
-    assert kernels.mla_sm90_config(16, 64, 132) is None  # 1 x 4096, 16 heads
-    assert kernels.mla_sm90_config(128, 64, 132) is None  # 512 tiles of 16 rows on 132 SMs
-    assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 256)] == [
-        16, 16, 32, 32, 64, 64,
+    assert kernels.mla_sm90_config(16, 86, 132) is None  # 1 x 4096, 16 heads
+    assert kernels.mla_sm90_config(17, 86, 132).tile_q == 32
+    assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 64, 65, 256)] == [
+        16, 16, 32, 32, 64, 64, 128, 128,
     ]  # fmt: skip
     instances = set(kernels.MLA_SM90_DECODE.instances_for("sm_90a"))
     for rows in ROWS:
         config = kernels.mla_sm90_config(rows, 10**6, 132)
-        assert config.shared_bytes + 3 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
+        assert config in kernels.MLA_SM90_CONFIGS
+        assert config.shared_bytes + 2 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
         assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
 
