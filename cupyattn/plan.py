@@ -57,21 +57,23 @@ class ArrayGroup:
     def _look(self) -> int:
         key = look(self._arrays)
         signature, place = split(self._arrays, key)
-        object.__setattr__(self, "_signature", _number((type(self), self._settings, signature)))
+        object.__setattr__(self, "_signature", _number(_signatures, (type(self), self._settings, signature)))
         object.__setattr__(self, "_place", place)
-        object.__setattr__(self, "_key", _number((self._signature, place)))
+        object.__setattr__(self, "_key", _number(_places, (self._signature, place)))
         return self._key
 
 
-_numbers: dict[Any, int] = {}
+# Apart: addresses that change must not drop the numbers of signatures, and with them their plans.
+_signatures: dict[Any, int] = {}
+_places: dict[Any, int] = {}
 _next_number = itertools.count(1)
 
 
-def _number(key: Any) -> int:
+def _number(numbers: dict[Any, int], key: Any) -> int:
     """Return a number for `key`, which hashes faster. No number is ever used twice, so old ones do no harm."""
-    if len(_numbers) >= _MAX_PLACES:
-        _numbers.clear()
-    return _numbers.setdefault(key, next(_next_number))
+    if len(numbers) >= _MAX_PLACES:
+        numbers.clear()
+    return numbers.setdefault(key, next(_next_number))
 
 
 def look(operands: Sequence[Any]) -> tuple[Any, ...]:

@@ -286,7 +286,8 @@ def workspace_bytes(device: int) -> int:
 def is_zeroed(workspace: Any) -> bool:
     """Say whether a workspace is zero where it must be between launches; waits for the device."""
     layout = workspace_layout(workspace.device.id)
-    return not (workspace[: layout.scratch].any() or workspace[layout.end :].any())
+    with workspace.device:
+        return not (workspace[: layout.scratch].any() or workspace[layout.end :].any())
 
 
 def _lse_bytes(state_bytes: int, word_flags: bool) -> int:

@@ -208,7 +208,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   Partition partition;
   const bool has_run = begin_run<kThreads>(problem, load, partition, blockIdx.x / 2, gridDim.x / 2);
   if (tid == 0) smem_partition = partition;
-  cluster_wait();  // all the mbarriers are there
+  __syncthreads();  // it is there: what follows waits for arrivals that were before it
+  cluster_wait();   // all the mbarriers are there
   if (!has_run) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;

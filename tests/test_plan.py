@@ -81,3 +81,21 @@ def test_addresses_of_a_known_signature_are_checked_too():
         with pytest.raises(ValueError, match="out must not overlap q"):
             cupyattn.decode(q, problem.cache, problem.pages, out=q)
     assert np.array_equal(q, problem.q)
+
+
+def test_new_addresses_make_no_new_plan(monkeypatch):
+    """However many there are: numbers of signatures outlast those of addresses."""
+    from cupyattn import plan
+
+    monkeypatch.setattr(plan, "_MAX_PLACES", 50)
+    made = []
+    make = plan.Plan.__init__
+    monkeypatch.setattr(plan.Plan, "__init__", lambda self, *a: (made.append(self), make(self, *a))[1])
+    q, kv = np.ones((1, 1, 24), np.float32), np.ones((1, 4, 1, 24), np.float32)
+    cache = cupyattn.PagedKVCache(kv, kv)
+    tables = [
+        cupyattn.PageTable.from_dense(np.zeros((1, 1), np.int32), np.ones(1, np.int32)) for _ in range(200)
+    ]
+    for pages in tables:
+        cupyattn.decode(q, cache, pages)
+    assert len(made) == 1

@@ -101,7 +101,7 @@ struct Partition {
   }
   // Makes runs whole groups of `group_units`, which all have, if they are at most `slack` units longer for that.
   __device__ __forceinline__ void align(int group_units, int slack, int num_parts) {
-    const int longest = quota + (num_longer > 0);
+    const int longest = max(quota + (num_longer > 0), 1);  // without any units, too
     const int aligned = ceil_div(longest, group_units) * group_units;
     if (aligned > longest + slack) return;
     quota = aligned;
