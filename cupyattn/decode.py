@@ -131,7 +131,7 @@ def decode_workspace_bytes(
 
     With `fixed_split_size` it has a slot for every split that the page table has room for, each with the states of a
     tile of query rows (8 for up to 8 query heads a KV head): 36 MB for 64 requests of up to 32768 tokens, 8 KV heads
-    of 128 dimensions, splits of 2048. Where these are more than a part of `decode_workspace`'s, they come on top of it.
+    of 128 dimensions, splits of 2048. If `decode_workspace` has no room for them, they lie behind it.
 
     Parameters
     ----------

@@ -211,8 +211,7 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
 
     Notes
     -----
-    With few rows and tiles, mla.cu has the shorter way from start to end: 2 and 4 requests of 4096 keys and 16 heads
-    take 16 and 22 us, where mla_sm90.cu takes 21 and 24; 8 of 8192 take 47 and 44.
+    With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on both sides.
     """
     if rows <= 16 and num_tiles <= 4 * num_sms:
         return None

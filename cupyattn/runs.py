@@ -265,17 +265,17 @@ def workspace_layout(device: int) -> WorkspaceLayout:
     shapes += [
         (config, ckv_dim, config.shared_bytes) for config in kernels.mla_plain_configs(properties.arch)
     ]
-    zeroed = scratch = 0
+    most_zeroed = most_scratch = 0
     for tiles, head_dim, shared_bytes in shapes:
         num_ctas = min(properties.max_shared_per_sm // shared_bytes * properties.num_sms, _MAX_CTAS)
         state_bytes = 2 * num_ctas * tiles.tile_q * head_dim // tiles.cluster_size * 4
         lse_bytes = _lse_bytes(state_bytes, tiles.word_flags)
         if tiles.word_flags:
-            zeroed = max(zeroed, state_bytes + lse_bytes)
+            most_zeroed = max(most_zeroed, state_bytes + lse_bytes)
         else:
-            zeroed, scratch = max(zeroed, lse_bytes), max(scratch, state_bytes)
-    start = _DEPARTURES_BYTES + zeroed
-    return WorkspaceLayout(start, start + scratch)
+            most_zeroed, most_scratch = max(most_zeroed, lse_bytes), max(most_scratch, state_bytes)
+    start = _DEPARTURES_BYTES + most_zeroed
+    return WorkspaceLayout(start, start + most_scratch)
 
 
 def workspace_bytes(device: int) -> int:

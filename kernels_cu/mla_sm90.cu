@@ -18,7 +18,7 @@
 //   queries            64 or 128 rows, 36 KiB a 64
 //   keys, values       kStages x 48 rows, 27 KiB each
 //   the other CTA's S  8 warps x 3 KiB
-//   results            8 warps x 2.25 KiB with 128 rows, else in the place of the segment's last tile
+//   results            8 warps x 2.25 KiB with 128 rows, else in the place of the segment's last tiles
 // A row of the query tile is (query token, query head): row = token * num_heads + head.
 
 #include "cupyattn/barrier.cuh"
@@ -91,8 +91,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                     T* __restrict__ out,                // as q_ckv
                     float* __restrict__ lse,            // [num_tokens, num_qo_heads] or null, natural log
                     float* partial_out,                 // [2, num_slots, kTileQ, 256], see Partials
-                    float* partial_lse,                 // [2, num_slots, kTileQ, 16], base 2
+                    float* partial_lse,                 // [2, num_slots, kTileQ, 16 or 4], base 2
                     Departures<TileInfo>::Memory* departures,  // all zero between launches, as partial_lse
+                                                               // and, with kWordFlags, partial_out
                     i64 q_ckv_stride_token, i64 q_ckv_stride_head,
                     i64 q_kpe_stride_token, i64 q_kpe_stride_head,
                     i64 ckv_stride_page, i64 ckv_stride_token,
@@ -174,8 +175,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   const auto logits_empty_at = [&](int warp) { return q_empty + 8 + 8 * (kConsumerWarps + warp); };
 
   const int tid = threadIdx.x;
-  const int warp =
-      __shfl_sync(0xffffffffu, tid / 32, 0);  // which tells the compiler that it is the same for all
+  const int warp = __shfl_sync(0xffffffffu, tid / 32, 0);  // so the compiler knows it the same for all
 
   // As in decode.cu: offsets and page ids are in L2 when the lengths have come from DRAM.
   constexpr int kLine = 32;  // entries of a 128-byte line
@@ -458,8 +458,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       release_queries(note);
       if (has_rows(note)) send(s);
     }
-    bool holds_last =
-        false;  // O += P V of the warpgroup's last tile may be under way, and its place not free
+    // O += P V of the warpgroup's last tile may be under way, and its place not free.
+    bool holds_last = false;
 #pragma unroll 1
     while (has_tile) {
       const RingPlace<kStages> next = place.plus(kTileStep);
@@ -633,12 +633,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
               }
             }
             if (!is_complete) {
-              partials.fence();  // flags after what they stand for
+              __syncwarp();
+              fence_acq_rel();  // flags after what they stand for
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
                 const int row = warp_row + half * 8 + quad_row;
                 if (row < num_rows) {
-                  partials.write_flags(last.slot, row, quad_col * 32, state[half].lse_log2());
+                  partials.write_flag(last.slot, row, quad_col * 32, state[half].lse_log2());
                 }
               }
             }
@@ -724,12 +725,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             }
           }
           sync();
-          if (!is_complete && !partials.kHasWordFlags) {
-            fence_acq_rel();  // flags after what they stand for, of all threads
-            for (int i = thread; i < num_rows * 4; i += num_threads) {
-              partials.write_flags(last.slot, i / 4, i % 4 * 64, merge_states(i / 4).lse_log2());
+          if constexpr (!partials.kHasWordFlags) {
+            if (!is_complete) {
+              fence_acq_rel();  // flags after what they stand for, of all threads
+              for (int i = thread; i < num_rows * 4; i += num_threads) {
+                partials.write_flag(last.slot, i / 4, i % 4 * 64, merge_states(i / 4).lse_log2());
+              }
+              sync();
             }
-            sync();
           }
         }
         if (!is_complete && segment_left == 1 && lane == 0 && warp == (kRowGroups == 1 ? group * 4 : 0)) {

@@ -76,8 +76,8 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Of another CTA's barrier. Not .release.cluster, which waits for all that the thread has under way, in global memory too:
-// it tells what is free, not what has been written.
+// Of another CTA's barrier. Not .release.cluster, which waits for all that the thread has under way, in global memory
+// too: it tells what is free, not what has been written.
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(barrier) : "memory");
 }

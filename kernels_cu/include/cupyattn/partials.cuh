@@ -15,8 +15,8 @@
 // the place of those that wait. Where other kernels hold SMs for so long that a CTA is done before all have started,
 // it departs, and leaves its lines to those that are done later.
 //
-// States are merged in an order that their number decides (and how many lines a CTA has, but for fixed splits), so results
-// do not depend on who came when.
+// States are merged in an order that their number decides (and how many lines a CTA has, but for fixed splits), so
+// results do not depend on who came when.
 #pragma once
 
 #include "cupyattn/barrier.cuh"
@@ -121,20 +121,10 @@ struct Partials {
     }
     store_relaxed(reinterpret_cast<float4*>(target), x);
   }
-  // Then the warp that has written it all:
-  __device__ __forceinline__ void fence() const {
-    __syncwarp();
-    if (!kWordFlags) fence_acq_rel();
-  }
-  // Then the lse of 64 columns from `dim` on.
-  __device__ __forceinline__ void write_flags(int slot, int row, int dim, float row_lse_log2) const {
-    const float x = never_zero_bits(row_lse_log2);
-    float* target = lse_at(slot, row * kRowLines + dim / kLineDims);
-    if (kWordFlags) {
-      store_relaxed(reinterpret_cast<float4*>(target), make_float4(x, x, x, x));
-    } else {
-      store_relaxed(target, x);
-    }
+  // Then, without kWordFlags, after a barrier of those who have written it and fence_acq_rel, each line's flag.
+  __device__ __forceinline__ void write_flag(int slot, int row, int dim, float row_lse_log2) const {
+    static_assert(!kWordFlags);
+    store_relaxed(lse_at(slot, row * kRowLines + dim / kLineDims), never_zero_bits(row_lse_log2));
   }
 };
 

@@ -17,15 +17,15 @@
 // units are splits of 2^unit_shift tiles, every split of a group that has several leaves a partial state (its slot is
 // its place on the line), and runs are of whole splits.
 //
-// Groups of one request follow each other: by KV head, then by query tile. Where a request's query tiles read the same keys
-// and memory is the limit (kQTilesOutermost), all requests' first query tiles come first, then all second ones. Where all
-// requests have as many, the line is cut in as many equal *parts*, and each part alike into runs: then CTAs that read the
-// same keys do so at the same time, and L2 has them for all but one. (Sixteen tiles apart would be too far: 66 CTAs
-// read 78 MB meanwhile.)
+// Groups of one request follow each other: by KV head, then by query tile. Where a request's query tiles read the same
+// keys and memory is the limit (kQTilesOutermost), all requests' first query tiles come first, then all second ones.
+// Where all requests have as many, the line is cut in as many equal *parts*, and each part alike into runs: then CTAs
+// that read the same keys do so at the same time, and L2 has them for all but one. (Sixteen tiles of 48 keys apart would
+// be too far: 66 clusters read 58 MB meanwhile.)
 //
-// A partial state of 64 rows x 512 columns costs as much as several tiles. So there (kQTilesOutermost too), where all
-// groups have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be:
-// 128 groups of 64 tiles are 128 runs of 64, not 132 of 62.06.
+// MLA's partial states, of 512 columns, cost as much as several tiles. So there (kQTilesOutermost too), where all groups
+// have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be: 64 groups of 86
+// tiles on 66 clusters are 64 runs of 86, not 66 of 83.4.
 //
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
