@@ -431,6 +431,10 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         sum[4 * i] = s[4 * i] + x.x, sum[4 * i + 1] = s[4 * i + 1] + x.y;
         sum[4 * i + 2] = s[4 * i + 2] + x.z, sum[4 * i + 3] = s[4 * i + 3] + x.w;
       }
+    };
+    // After receive and a fence of every lane. Without it reads may be under way still when what comes next is written:
+    // the other CTA's warp waits for nothing else.
+    const auto free_logits = [&]() {
       __syncwarp();
       if (lane == 0) {
         mbarrier_expect(logits_full_at(warp), kLogitsBytes);
@@ -476,6 +480,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       float logit_max[2];
       bool raises = false;
       if (has_rows(note)) {
+        free_logits();  // multiply_keys begins with a fence
         // To base-2 logits, with what a row must not see at -inf. Most tiles are seen whole by every row.
 #pragma unroll
         for (int i = 0; i < kLogits; ++i) logits[i] *= logit_scale;
