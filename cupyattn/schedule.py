@@ -98,13 +98,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Partition:
-    """The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`.
+    """The line cut into runs of `quota` units, the last one shorter.
+
+    Parameters
+    ----------
+    total : int
+        Units of the line.
+    quota : int
+        Units of every run but the last, which has what is left: at least 1, at most `quota`.
+    num_ctas : int
+        CTAs that have a run. None without units.
 
     Examples
     --------
     >>> partition = Partition.of(18, max_ctas=4)
     >>> [partition.begin(cta) for cta in range(partition.num_ctas + 1)]
-    [0, 5, 10, 14, 18]
+    [0, 5, 10, 15, 18]
 
     No more CTAs than the longest run needs:
 
@@ -112,28 +121,23 @@ class Partition:
     [66, 264, 133, 256]
     """
 
-    num_ctas: int
+    total: int
     quota: int
-    num_longer: int
+    num_ctas: int
 
     @classmethod
     def of(cls, total: int, max_ctas: int) -> Partition:
-        """Cut `total` units into at most `max_ctas` runs."""
-        most_units = max(_ceil_div(total, max_ctas), 1)
-        num_ctas = _ceil_div(total, most_units)
-        quota = total // max(num_ctas, 1)
-        return cls(num_ctas, quota, total - quota * num_ctas)
+        """Cut `total` units into at most `max_ctas` runs, as short as these allow."""
+        quota = max(_ceil_div(total, max_ctas), 1)  # without any units, too: `cta_of` divides by it
+        return cls(total, quota, _ceil_div(total, quota))
 
     def begin(self, cta: int) -> int:
-        """First unit of a CTA's run, and the end of the run before."""
-        return cta * self.quota + min(cta, self.num_longer)
+        """First unit of a CTA's run, and the end of the run before; `total` for CTAs without one."""
+        return min(cta * self.quota, self.total)
 
     def cta_of(self, unit: int) -> int:
         """Return the CTA whose run holds `unit`."""
-        in_longer = self.num_longer * (self.quota + 1)
-        if unit < in_longer:
-            return unit // (self.quota + 1)
-        return self.num_longer + (unit - in_longer) // self.quota
+        return unit // self.quota
 
 
 @dataclass(frozen=True)

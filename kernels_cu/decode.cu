@@ -142,6 +142,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   touch(lse_stride_head);
   touch(logits_soft_cap);
 
+  // What does not depend on the lengths is computed while they are on their way.
+  // Threads 0 .. kTileKV - 1 find K rows, the next kTileKV V rows.
+  const bool finds_v = tid / kTileKV == 1;
+  PageStrides strides = finds_v ? v_strides : k_strides;
+  const T* pages_begin = finds_v ? v_pages : k_pages;
+  // Where this lane's ldmatrix rows begin, from the beginning of a tile on.
+  u32 q_offset =
+      Layout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
+  u32 k_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 16, lane / 16);
+  u32 v_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  if constexpr (kTileQ <= 16) {  // with more rows there are no registers to keep it in
+    pin(strides.page), pin(strides.token), pin(strides.head), pin(pages_begin);
+    pin(q_offset), pin(k_offset), pin(v_offset);
+  }
+
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs kStages - 1 tiles ahead of the tile in use
   Partition partition;
   if (!begin_run<kThreads>(problem, load, partition)) {
@@ -151,20 +166,20 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   // --- Producer: a row's address is found one tile before its copy starts. ---
   const auto keys_left = [&]() { return load.done() ? 0 : load.request.kv_len - load.token_begin(); };
-  // Threads 0 .. kTileKV - 1 find K rows, the next kTileKV V rows.
-  const bool finds_v = tid / kTileKV == 1;
+  const auto has_row = [&]() {
+    return (kThreads == 2 * kTileKV || tid < 2 * kTileKV) && tid % kTileKV < keys_left();
+  };
   int found_page;
   int found_token;
   const auto find_row = [&]() {  // starts the read of the page table
-    if (tid >= 2 * kTileKV || tid % kTileKV >= keys_left()) return;
+    if (!has_row()) return;
     const int token = load.token_begin() + tid % kTileKV;
     const int entry = page.divide(token);
     found_page = static_cast<int>(load_early(load.pages + entry));
     found_token = page.modulo(token, entry);
   };
   const auto found_row = [&]() {  // waits for it
-    return finds_v ? v_pages + v_strides.offset(found_page, found_token, load.kv_head)
-                   : k_pages + k_strides.offset(found_page, found_token, load.kv_head);
+    return pages_begin + strides.offset(found_page, found_token, load.kv_head);
   };
   const u64 policy = evict_first_policy();
   const auto copy_tile = [&](int stage, int slot) {
@@ -181,12 +196,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const int chunk = tid % Layout::kRowChunks;
         const u32 first = smem_tile + Layout::offset(first_row, chunk);
         const T* const* rows = smem_rows + slot * 2 * kTileKV + first_row;
+        constexpr int kCopies = kTileKV / kRowsAtOnce;
+        // Addresses read at once; with many rows there are no registers for more.
+        constexpr int kBatch = kTileQ > 16 ? 2 : kCopies < 8 ? kCopies : 8;
 #pragma unroll
         for (int kv = 0; kv < 2; ++kv)
 #pragma unroll
-          for (int row = 0; row < kTileKV; row += kRowsAtOnce) {
-            cp_async_16(Layout::below(first, row) + kv * kTileBytes, rows[kv * kTileKV + row] + chunk * 8,
-                        policy);
+          for (int begin = 0; begin < kCopies; begin += kBatch) {
+            const T* sources[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) sources[i] = rows[kv * kTileKV + (begin + i) * kRowsAtOnce];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+              cp_async_16(Layout::below(first, (begin + i) * kRowsAtOnce) + kv * kTileBytes,
+                          sources[i] + chunk * 8, policy);
+            }
           }
         return;
       }
@@ -229,11 +253,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   u32 q_frag[kQueriesInRegisters ? kDimSteps : 1][kRowBlocks][2];
   float acc[kDimSteps][kRowBlocks][4];
   SoftmaxState state[kRowBlocks][2];  // rows quad_col and quad_col + 1; `sum` over this thread's keys only
-  // Where this lane's ldmatrix rows begin, from the beginning of a tile on.
-  const u32 q_offset =
-      Layout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
-  const u32 k_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 16, lane / 16);
-  const u32 v_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const auto load_q = [&](u32(&frag)[kRowBlocks][2], int buffer, int step) {
     const u32 address = Layout::advance(smem_address_of(smem_q) + buffer * kQueryBytes + q_offset, step);
     if constexpr (kRowBlocks == 1) {
@@ -266,9 +285,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   if (tid < 2) smem_run_end.clear();
   find_row();
-  if (tid < 2 * kTileKV && tid % kTileKV < keys_left()) {  // the first keys are on their way into L2
+  partition.number_ctas();
+  const T* row = nullptr;
+  if (has_row()) {  // the first keys are on their way into L2
+    row = found_row();
 #pragma unroll
-    for (int i = 0; i < kHeadDim * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(found_row()) + i);
+    for (int i = 0; i < kHeadDim * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
@@ -282,7 +304,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 #pragma unroll 1
   for (int round = 1 - kStages, load_stage = 0, use_stage = 0, slot = 0, tiles_ahead = 0;
        tiles_ahead > 0 || !load.done(); ++round, slot ^= 1) {
-    if (tid < 2 * kTileKV && tid % kTileKV < keys_left()) smem_rows[slot * 2 * kTileKV + tid] = found_row();
+    if (has_row()) {
+      if (round > 1 - kStages) row = found_row();
+      smem_rows[slot * 2 * kTileKV + tid] = row;
+    }
     if (round >= 0) cp_async_wait<kStages - 2>();
     __syncthreads();  // the tile has landed; the stage read last is free; the rows in `slot` are there
 
@@ -291,8 +316,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       copy_tile(load_stage, slot);
       const bool ends_segment = load.ends_segment(problem);
       if (tid == 0) {
-        smem_tiles[load_stage] =
-            TileInfo::of(load, problem, partition, begins_segment, ends_segment, q_buffer);
+        smem_tiles[load_stage] = TileInfo::of<partials.kRowLines>(load, problem, partition, begins_segment,
+                                                                  ends_segment, q_buffer);
       }
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kStages) q_buffer = 0;
@@ -457,7 +482,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (!is_complete && tid == 0) smem_run_end.add(tile);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      __syncthreads();  // all warps are done with the tile
+      __syncthreads();  // all warps are done with the tile, or with the rows before
 #pragma unroll
       for (int block = 0; block < kPassBlocks; ++block)
 #pragma unroll
@@ -472,28 +497,30 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                 acc[step][pass * kPassBlocks + block][i];
           }
       __syncthreads();
-      constexpr int kVecs = kHeadDim / 4;
+      constexpr u32 kVecs = kHeadDim / 4;
       const int pass_row = pass * kPassRows;
+      const u32 num_vecs = max(min(num_rows - pass_row, kPassRows * kWarpsQ), 0) * kVecs;
 #pragma unroll 1
-      for (int i = tid; i < min(num_rows - pass_row, kPassRows * kWarpsQ) * kVecs; i += kThreads) {
-        const int row = i / kVecs;
-        const int dim = i % kVecs * 4;
-        const auto row_of_warp = [&](int w, int num_rows) {
-          return (row / kPassRows * kWarpsKV + w) * num_rows + row % kPassRows;
-        };
+      for (u32 i = tid; i < num_vecs; i += kThreads) {
+        const u32 row = i / kVecs;
+        const u32 dim = i % kVecs * 4;
+        // A warp's is kWarpRows, or of what is in the scratch memory kPassRows, after the last one's.
+        const u32 first_warp = row / kPassRows * kWarpsKV;
+        const float2* states = smem_states + first_warp * kWarpRows + pass_row + row % kPassRows;
+        const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + row % kPassRows, dim);
         float2 theirs[kWarpsKV];
         SoftmaxState merged;
 #pragma unroll
         for (int w = 0; w < kWarpsKV; ++w) {
-          theirs[w] = smem_states[row_of_warp(w, kWarpRows) + pass_row];
+          theirs[w] = states[w * kWarpRows];
           merged.max = fmaxf(merged.max, theirs[w].x);
         }
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < kWarpsKV; ++w) {
+          static_assert(kPassRows % 8 == 0, "swizzled as the first warp's");
           const float weight = merged.weight(theirs[w].x);
-          const float4 x =
-              *reinterpret_cast<const float4*>(smem_scratch + scratch_at(row_of_warp(w, kPassRows), dim));
+          const float4 x = *reinterpret_cast<const float4*>(rows + w * kPassRows * kScratchRow);
           merged.sum += weight * theirs[w].y;
           value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z, value.w += weight * x.w;
         }

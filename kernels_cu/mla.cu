@@ -236,6 +236,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
 
   if (tid < 2) smem_run_end.clear();
   find_row();
+  partition.number_ctas();
   if (has_row()) {  // the first keys are on their way into L2
     const char* row = reinterpret_cast<const char*>(found_row());
 #pragma unroll
@@ -271,8 +272,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
       copy_tile(load_stage, slot);
       const bool ends_segment = load.ends_segment(problem);
       if (tid == 0) {
-        smem_tiles[load_stage] =
-            TileInfo::of(load, problem, partition, begins_segment, ends_segment, q_buffer);
+        smem_tiles[load_stage] = TileInfo::of<partials.kRowLines>(load, problem, partition, begins_segment,
+                                                                  ends_segment, q_buffer);
       }
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kQueryBuffers) q_buffer = 0;

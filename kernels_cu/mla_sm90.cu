@@ -134,7 +134,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   constexpr int kStagingRow = 64 + 8;                 // floats: 8 more spread a warp's pairs over all banks
   constexpr int kStagingBytes = 8 * kStagingRow * 4;  // of a warp
   constexpr int kPassColumns = kTileQ <= 16 ? 256 : kTileQ <= 32 ? 128 : 64;  // of results, written at once
-  constexpr int kPassRow = kPassColumns + 8;
+  constexpr int kPassRow =
+      kPassColumns + (kTileQ <= 32 ? 8 : 16);  // few threads a row: of neighbouring rows, other banks
   static_assert(kRowGroups == 2 || kTileQ * (kPassRow * 4 + 8) <= kTileBytes);
   static_assert(kTileQ <= kRowGroups * kRows);
   // Whether O += P V goes on during the next tile's softmax: where products are the limit, and where every tile is the
@@ -153,7 +154,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                         split_shift,
                         max_splits};
   // Functions: what has an address, for a call to read, is in memory everywhere.
-  const auto slots = [&]() { return Partials<kColumns, kTileQ, (kTileQ < kRows)>{partial_out, partial_lse}; };
+  using Slots = Partials<kColumns, kTileQ, (kTileQ < kRows)>;
+  const auto slots = [&]() { return Slots{partial_out, partial_lse}; };
   const auto results = [&]() {
     return Output<T, kTileQ>{out,  lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head,
                              heads};
@@ -207,6 +209,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   Cursor<kTileKV, kTileQ, false, true> load;
   Partition partition;
   const bool has_run = begin_run<kThreads>(problem, load, partition, blockIdx.x / 2, gridDim.x / 2);
+  partition.number_ctas();
   if (tid == 0) smem_partition = partition;
   __syncthreads();  // it is there: what follows waits for arrivals that were before it
   cluster_wait();   // all the mbarriers are there
@@ -244,7 +247,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                      : ckv_pages + rank * kColumns + ckv_strides.offset(found_page, found_token, 0));
     };
     // Where CTAs with other query tiles read the same keys, these must stay in L2 for a while.
-    const bool reads_once = smem_partition.part_ctas == smem_partition.num_ctas;
+    const bool reads_once = smem_partition.num_parts == 1;
     // What consumers must know of the tile that the cursor points at.
     const auto tell = [&](int stage, bool begins_segment) {
       if (warp != kConsumerWarps) return;
@@ -263,7 +266,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                           begins_segment);
       if (lane == 0) smem_notes[stage] = note.bits;
       if (all_seen && !ends_segment) return;
-      TileInfo tile = TileInfo::of(load, problem, smem_partition, begins_segment, ends_segment, 0);
+      TileInfo tile =
+          TileInfo::of<Slots::kRowLines>(load, problem, smem_partition, begins_segment, ends_segment, 0);
       // A CTA's half of the columns has slots of its own.
       const int first_slot = cluster_rank() * 2 * (gridDim.x / 2);
       tile.first_column = cluster_rank() * kColumns;
@@ -272,7 +276,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       if (lane == 0) smem_tiles[stage] = tile;
     };
     find_row();
-    tell(0, true);
     if (lane % 16 < min(keys_left() - first_row, kWarpRows)) {  // the first keys are on their way into L2
       const char* row = reinterpret_cast<const char*>(found_row());
 #pragma unroll 1
@@ -353,6 +356,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
           }
         }
       }
+      tell(place.stage, begins_segment);  // while the copies are under way
       mbarrier_arrive_after_copies(full_at(place.stage));
       if (warp == kConsumerWarps && lane == 0) mbarrier_arrive(full_at(place.stage));  // what has been told
       begins_segment = load.ends_segment(problem);
@@ -361,7 +365,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       find_row();
       place = place.plus(1);
       mbarrier_wait(empty_at(place.stage), place.parity ^ 1);
-      tell(place.stage, begins_segment);
     }
     cp_async_wait<0>();
     cluster_arrive();
@@ -669,23 +672,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
           };
           const float* first = is_shared && group == 1 ? others : own;
           const float* second = group == 1 ? own : others;
-          float first_weight = 1.0f;
-          float second_weight = 0.0f;
-          const auto merge_states = [&](int row) {
-            const float2 x = stats_of(first, row);
-            SoftmaxState merged;
-            merged.max = x.x;
-            merged.sum = x.y;
-            if (is_shared) {
-              const float2 y = stats_of(second, row);
-              first_weight = merged.raise(y.x);
-              second_weight = merged.weight(y.x);
-              merged.sum += second_weight * y.y;
-            }
-            return merged;
-          };
-          const int thread = is_shared ? warp * 32 + lane : warp % 4 * 32 + lane;
-          const int num_threads = is_shared ? kConsumers : kConsumers / 2;
           sync_warpgroup(group);  // all four warps are done with the tile
           if (warp_row < num_rows && quad_col == 0) {
 #pragma unroll
@@ -694,6 +680,15 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                   make_float2(state[half].max, state[half].sum);
             }
           }
+          // As many threads have a row, whose place and weights they find once.
+          const int thread = is_shared ? warp * 32 + lane : warp % 4 * 32 + lane;
+          const int row_threads = (is_shared ? kConsumers : kConsumers / 2) / kTileQ;
+          const int row = is_shared ? thread / (kConsumers / kTileQ) : thread / (kConsumers / 2 / kTileQ);
+          const int row_thread = thread - row * row_threads;
+          float first_weight = 0.0f;
+          float second_weight = 0.0f;
+          float lse_log2 = 0.0f;
+          u64 target = 0;
 #pragma unroll
           for (int column = 0; column < kColumns; column += kPassColumns) {
             if (column > 0) sync();  // the columns before have been read
@@ -708,12 +703,32 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                 }
             }
             sync();
+            if (row >= num_rows) continue;
+            if (column == 0) {
+              const float2 x = stats_of(first, row);
+              SoftmaxState merged;
+              merged.max = x.x;
+              merged.sum = x.y;
+              first_weight = 1.0f;
+              if (is_shared) {
+                const float2 y = stats_of(second, row);
+                first_weight = merged.raise(y.x);
+                second_weight = merged.weight(y.x);
+                merged.sum += second_weight * y.y;
+              }
+              first_weight *= merged.inverse_sum();
+              second_weight *= merged.inverse_sum();
+              lse_log2 = merged.lse_log2();
+              if (is_complete) {
+                const auto result = output.row_at(last, row, 0);
+                target = reinterpret_cast<u64>(result.out);
+                if (row_thread == 0) result.write_lse(lse_log2);
+              } else {
+                target = reinterpret_cast<u64>(partials.row_at(last.slot, row));
+              }
+            }
 #pragma unroll 1
-            for (int i = thread; i < num_rows * (kPassColumns / 4); i += num_threads) {
-              const int row = i / (kPassColumns / 4);
-              const int in_row = i % (kPassColumns / 4) * 4;
-              const SoftmaxState merged = merge_states(row);
-              const float inverse = merged.inverse_sum();
+            for (int in_row = row_thread * 4; in_row < kPassColumns; in_row += row_threads * 4) {
               float4 x = *reinterpret_cast<const float4*>(first + row * kPassRow + in_row);
               x.x *= first_weight, x.y *= first_weight, x.z *= first_weight, x.w *= first_weight;
               if (is_shared) {
@@ -721,11 +736,13 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                 x.x += second_weight * y.x, x.y += second_weight * y.y;
                 x.z += second_weight * y.z, x.w += second_weight * y.w;
               }
-              x.x *= inverse, x.y *= inverse, x.z *= inverse, x.w *= inverse;
               if (is_complete) {
-                output.write(last, row, column + in_row, x, merged.lse_log2());
+                store4(reinterpret_cast<T*>(target) + column + in_row, x);
               } else {
-                partials.write(last.slot, row, column + in_row, x, merged.lse_log2());
+                partials.write4(reinterpret_cast<float*>(target) + column + in_row, x);
+                if (partials.kHasWordFlags && row_thread % 4 == 0) {
+                  partials.write_flag(last.slot, row, column + in_row, lse_log2);
+                }
               }
             }
           }
@@ -733,8 +750,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
           if constexpr (!partials.kHasWordFlags) {
             if (!is_complete) {
               fence_acq_rel();  // flags after what they stand for, of all threads
-              for (int i = thread; i < num_rows * 4; i += num_threads) {
-                partials.write_flag(last.slot, i / 4, i % 4 * 64, merge_states(i / 4).lse_log2());
+              for (int line = row_thread; line < partials.kRowLines && row < num_rows; line += row_threads) {
+                partials.write_flag(last.slot, row, line * partials.kLineDims, lse_log2);
               }
               sync();
             }
@@ -758,7 +775,6 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     wgmma_wait<0>();  // there is nothing: for ptxas
   }
   cluster_arrive();
-  sync_threads<kConsumers>();
   merge_apart<kConsumers>(smem_run_end, ctas(), slots(), results(), reinterpret_cast<float*>(smem_q));
   cluster_wait();
 }

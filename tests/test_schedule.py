@@ -1,4 +1,4 @@
-"""The partition in Python: it covers every key once, in equal runs, by the rule of ``schedule.cuh``."""
+"""The partition in Python: it covers every key once, in runs equal but for the last, as in ``schedule.cuh``."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def test_every_key_of_every_group_is_read_once_and_in_order(problem: dict[str, A
 
 
 @given(problems())
-def test_runs_are_equal_and_none_is_empty(problem: dict[str, Any]) -> None:
+def test_runs_are_equal_but_for_the_last_and_none_is_empty(problem: dict[str, Any]) -> None:
     segments = decode_schedule(**problem)
     runs = [list(run) for _, run in itertools.groupby(segments, lambda s: s.cta)]
     assert [run[0].cta for run in runs] == list(range(len(runs)))
     assert len(runs) <= problem["max_ctas"]
     fixed = problem["fixed_split_size"]
     sizes = [sum(num_units(s, fixed or problem["tile_kv"]) for s in run) for run in runs]
-    assert sizes == sorted(sizes, reverse=True)
     if sizes:
-        assert sizes[0] - sizes[-1] <= 1
-        assert sizes[0] == -(-sum(sizes) // problem["max_ctas"])
+        quota = -(-sum(sizes) // problem["max_ctas"])  # with fewer units, runs would need more CTAs
+        assert sizes[:-1] == [quota] * (len(sizes) - 1)
+        assert 1 <= sizes[-1] <= quota
     for run in runs if fixed is None else ():
         # Entered halfway, or left halfway: nothing between is partial.
         assert all(s.complete for s in run[1:-1])
@@ -161,36 +161,56 @@ def test_fixed_splits_are_dealt_out_whole() -> None:
 @given(st.integers(0, 5000), st.integers(1, 600))
 def test_cta_of_inverts_begin(total: int, max_ctas: int) -> None:
     partition = Partition.of(total, max_ctas)
+    assert partition.total == total
     assert partition.num_ctas <= max_ctas
     assert partition.begin(0) == 0
-    assert partition.begin(partition.num_ctas) == total
+    last = partition.num_ctas - 1
     for cta in range(partition.num_ctas):
         begin, end = partition.begin(cta), partition.begin(cta + 1)
-        assert begin < end
-        assert partition.cta_of(begin) == partition.cta_of(end - 1) == cta
+        assert end - begin == partition.quota or cta == last
+        assert 1 <= end - begin <= partition.quota
+        assert [partition.cta_of(unit) for unit in range(begin, end)] == [cta] * (end - begin)
+    # In a kernel, CTAs without a run ask too.
+    assert {partition.begin(cta) for cta in range(partition.num_ctas, max_ctas + 1)} == {total}
+
+
+@given(st.integers(1, 5000), st.integers(1, 600))
+def test_a_longest_run_of_one_unit_less_would_need_more_ctas(total: int, max_ctas: int) -> None:
+    partition = Partition.of(total, max_ctas)
+    assert (partition.quota - 1) * max_ctas < total <= partition.quota * partition.num_ctas
+    assert partition.quota * (partition.num_ctas - 1) < total
 
 
 def test_few_units_are_spread_one_a_cta() -> None:
-    assert Partition.of(264, 264) == Partition(num_ctas=264, quota=1, num_longer=0)
-    assert Partition.of(266, 264) == Partition(num_ctas=133, quota=2, num_longer=0)
-    assert Partition.of(64, 16) == Partition(num_ctas=16, quota=4, num_longer=0)
+    assert Partition.of(264, 264) == Partition(total=264, quota=1, num_ctas=264)
+    assert Partition.of(266, 264) == Partition(total=266, quota=2, num_ctas=133)
+    assert Partition.of(64, 16) == Partition(total=64, quota=4, num_ctas=16)
+    assert Partition.of(0, 16) == Partition(total=0, quota=1, num_ctas=0)
     (alone,) = decode_schedule([64], max_ctas=4, **SIZES)
     assert alone.complete
     assert [s.cta for s in decode_schedule([192], max_ctas=4, **SIZES)] == [0, 1, 2]
 
 
+def test_the_last_run_has_what_the_others_leave() -> None:
+    partition = Partition.of(25, 8)
+    assert partition == Partition(total=25, quota=4, num_ctas=7)
+    assert [partition.begin(cta) for cta in range(9)] == [0, 4, 8, 12, 16, 20, 24, 25, 25]
+    segments = decode_schedule([25 * 64], max_ctas=8, **SIZES)
+    assert [num_units(s, 64) for s in segments] == [4, 4, 4, 4, 4, 4, 1]
+
+
 def test_the_example_of_the_header() -> None:
     segments = decode_schedule([7 * 64, 4 * 64, 7 * 64], max_ctas=4, **SIZES)
     runs = [[s for s in segments if s.cta == cta] for cta in range(4)]
-    assert [sum(num_units(s, 64) for s in run) for run in runs] == [5, 5, 4, 4]
+    assert [sum(num_units(s, 64) for s in run) for run in runs] == [5, 5, 5, 3]
     assert [[s.request for s in run] for run in runs] == [[0], [0, 1], [1, 2], [2]]
     figures = schedule_figures(segments)
     assert (figures.num_groups, figures.num_split, figures.num_partials) == (3, 3, 6)
     assert (figures.num_ctas, figures.longest_run, figures.longest_merge) == (4, 320, 2)
     text = re.sub(r"\s+", " ", header())
-    assert "7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 4 + 4" in text
+    assert "7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 5 + 3" in text
     assert "1024 units on 264 CTAs are 256 runs of 4" in text
-    assert Partition.of(1024, 264) == Partition(num_ctas=256, quota=4, num_longer=0)
+    assert Partition.of(1024, 264) == Partition(total=1024, quota=4, num_ctas=256)
 
 
 def header() -> str:

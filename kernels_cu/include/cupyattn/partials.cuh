@@ -20,6 +20,7 @@
 #pragma once
 
 #include "cupyattn/barrier.cuh"
+#include "cupyattn/cp_async.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/types.cuh"
 
@@ -121,9 +122,8 @@ struct Partials {
     }
     store_relaxed(reinterpret_cast<float4*>(target), x);
   }
-  // Then, without kWordFlags, after a barrier of those who have written it and fence_acq_rel, each line's flag.
+  // Then each line's lse; without kWordFlags, after a barrier of those who have written the line and fence_acq_rel.
   __device__ __forceinline__ void write_flag(int slot, int row, int dim, float row_lse_log2) const {
-    static_assert(!kWordFlags);
     store_relaxed(lse_at(slot, row * kRowLines + dim / kLineDims), never_zero_bits(row_lse_log2));
   }
 };
@@ -169,9 +169,18 @@ struct Departures {
   __device__ __forceinline__ bool all_started(u64 counts) const {
     return counts >= kMark || counts % kDeparture == num_ctas;
   }
+  // And that none has departed.
+  __device__ __forceinline__ bool all_are_there(u64 counts) const {
+    return counts >= kMark || counts == num_ctas;
+  }
 
-  // Ends a run, with the counts as seen during it. Returns how many CTAs have departed, if all have started; else this
-  // one departs too, leaves its two shares to the others, and the result is -1.
+  // Ends a run where all are there.
+  __device__ __forceinline__ void end() const {
+    add(&memory->counts, (blockIdx.x == 0 ? (1ull - num_ctas) * kMark : kMark) - kStart);
+  }
+
+  // Ends a run otherwise, with the counts as seen during it. Returns how many CTAs have departed, if all have started;
+  // else this one departs too, leaves its two shares to the others, and the result is -1.
   __device__ __forceinline__ int end(u64 seen, const Share (&shares)[2]) const {
     while (!all_started(seen)) {
       const u64 before = seen;
@@ -184,7 +193,7 @@ struct Departures {
       return -1;
     }
     const int departed = seen >= kMark ? 0 : num_departed(seen);
-    if (departed == 0) add(&memory->counts, (blockIdx.x == 0 ? (1ull - num_ctas) * kMark : kMark) - kStart);
+    if (departed == 0) end();
     return departed;
   }
 
@@ -221,11 +230,11 @@ constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace tha
 // Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; threads 0 .. kThreads - 1 call it.
 // `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
 // once. `scratch`: shared memory, 24 floats a warp.
-// `write(row, dim, value, lse_log2)`, for the result.
-template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename Write>
+// `find(row, dim)` says where four columns of the result go (Output::Row).
+template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename Find>
 __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials,
                                             const GroupSlots& group, bool wide, int line, int end_line,
-                                            float* scratch, const Write& write) {
+                                            float* scratch, const Find& find) {
   constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32;
@@ -243,6 +252,8 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
     const bool exists = line < end_line;
     if (!__any_sync(0xffffffffu, exists)) break;
     const int own_line = min(line, end_line - 1);
+    auto target = find(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4);
+    pin(target.out), pin(target.lse);  // not when all is there
     SoftmaxState state;
     float4 acc = {};
 #pragma unroll 1
@@ -331,8 +342,8 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
     if (exists && part == 0) {
       const float inverse = state.inverse_sum();
       acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
-      write(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4, acc,
-            state.lse_log2());
+      target.write(0, acc);
+      target.write_lse(state.lse_log2());
     }
     // All who read the line have what they need.
     __syncwarp();
@@ -384,10 +395,10 @@ __device__ __forceinline__ void add_lines(const Partials<kHeadDim, kTileQ, false
 
 // The same where only the lse are flags: first all of them, which become weights; then the lines, of which there is one
 // at least. `scratch`: 16 bytes a thread; for every line, and for every state of it, a float.
-template <int kThreads, int kHeadDim, int kTileQ, typename Write>
+template <int kThreads, int kHeadDim, int kTileQ, typename Find>
 __device__ __forceinline__ void merge_flagged_lines(const Partials<kHeadDim, kTileQ, false>& partials,
                                                     const GroupSlots& group, int first_line, int end_line,
-                                                    float* scratch, const Write& write) {
+                                                    float* scratch, const Find& find) {
   constexpr int kRowLines = Partials<kHeadDim, kTileQ, false>::kRowLines;
   constexpr int kTeams = kThreads / 16;
   const int num_lines = end_line - first_line;
@@ -443,7 +454,9 @@ __device__ __forceinline__ void merge_flagged_lines(const Partials<kHeadDim, kTi
   // Sixteen lanes are a team. With fewer lines than teams, several share the states of a line.
   const auto finish = [&](int line, const float4& x) {
     const int at = first_line + line;
-    write(at / kRowLines, at % kRowLines * partials.kLineDims + threadIdx.x % 16 * 4, x, line_lse[line]);
+    const auto target = find(at / kRowLines, at % kRowLines * partials.kLineDims + threadIdx.x % 16 * 4);
+    target.write(0, x);
+    target.write_lse(line_lse[line]);
   };
   const int team = threadIdx.x / 16;
   if (num_lines >= kTeams) {

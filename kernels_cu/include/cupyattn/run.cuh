@@ -14,41 +14,47 @@ namespace cupyattn {
 struct alignas(16) TileInfo {
   int token_begin;  // its first key
   int kv_len;
-  int begins_segment;
-  int ends_segment;
-  int q_buffer;  // where the segment's queries lie
+  bool begins_segment;
+  bool ends_segment;
+  u16 q_buffer;  // where the segment's queries lie
   int q_tile;
   int kv_head;
   int qo_begin;
   int qo_len;
+  int first_column;  // of a row of the result: what the CTA has of it begins there
+  // Where a segment ends:
   GroupSlots group;
   int slot;  // of the group's, where the segment's state goes
-  int rank;  // among the CTAs that have a part of the group
   int num_sharers;
-  int first_column;  // of a row of the result: what the CTA has of it begins there
+  int first_line;  // of the group, this CTA's to merge; no others begin at 0 than the first sharer's
+  int end_line;
 
   // The tile that a cursor points at, whose segment began here or earlier.
-  template <int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
+  template <int kRowLines, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
   static __device__ __forceinline__ TileInfo
   of(const Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& load, const Problem& problem,
      const Partition& partition, bool begins_segment, bool ends_segment, int q_buffer) {
-    TileInfo tile{load.token_begin(), load.request.kv_len, begins_segment, ends_segment,
-                  q_buffer,           load.q_tile,         load.kv_head,   load.request.qo_begin,
-                  load.request.qo_len};
+    TileInfo tile{load.token_begin(), load.request.kv_len,        begins_segment,
+                  ends_segment,       static_cast<u16>(q_buffer), load.q_tile,
+                  load.kv_head,       load.request.qo_begin,      load.request.qo_len};
     if (ends_segment) {
       const int unit = load.unit_in_group(problem);
       const int group_begin = load.unit - unit;
       const int num_units = load.request.num_units_in_group(problem);
-      const int part =
-          kQTilesOutermost ? static_cast<u32>(group_begin) / static_cast<u32>(partition.part_units) : 0;
+      const int part = kQTilesOutermost && partition.num_parts > 1 ? load.q_tile : 0;
       const int in_part = group_begin - part * partition.part_units;
       const int first_cta = part * partition.part_ctas + partition.cta_of(in_part);
       const int last_cta = part * partition.part_ctas + partition.cta_of(in_part + num_units - 1);
-      tile.rank = partition.cta - first_cta;
+      const int rank = partition.cta - first_cta;  // among those that have a part of the group
       tile.num_sharers = last_cta + 1 - first_cta;
       tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}
                                 : GroupSlots{2 * first_cta, 2, tile.num_sharers};
-      tile.slot = tile.group.slot(kFixedSplits ? unit : tile.rank);
+      tile.slot = tile.group.slot(kFixedSplits ? unit : rank);
+      const int num_lines = tile.num_rows<kTileQ>(problem.group_size) * kRowLines;
+      const int lines_each =
+          static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
+      tile.first_line = min(rank * lines_each, num_lines);
+      tile.end_line = min(tile.first_line + lines_each, num_lines);
     }
     return tile;
   }
@@ -110,24 +116,19 @@ template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ,
 __device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ, kWordFlags>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
                                             float* scratch) {
-  const int num_lines = tile.num_rows<kTileQ>(output.group_size) * partials.kRowLines;
-  const int lines_each =
-      static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
-  const int first_line = min(tile.rank * lines_each, num_lines);
-  const int end_line = min(first_line + lines_each, num_lines);
-  const auto write = [&](int row, int dim, const float4& value, float lse_log2) {
-    output.write(tile, row, dim, value, lse_log2);
-  };
+  const auto find = [&](int row, int dim) { return output.row_at(tile, row, dim); };
   if constexpr (kWordFlags) {
     // Inside the loop there are fewer registers than at the end.
     constexpr int kInFlight = kFixedSplits ? 4 : 8;
     // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
-    const bool wide = tile.group.num_partials > 64 * (kFixedSplits ? 1 : lines_each);
-    merge_lines<kThreads, kInFlight>(partials, tile.group, wide, first_line, end_line, scratch, write);
+    const int num_lines = kFixedSplits ? 1 : tile.end_line - tile.first_line;
+    const bool wide = tile.group.num_partials > 64 * num_lines;
+    merge_lines<kThreads, kInFlight>(partials, tile.group, wide, tile.first_line, tile.end_line, scratch,
+                                     find);
   } else {
     static_assert(!kFixedSplits);
-    if (first_line < end_line) {
-      merge_flagged_lines<kThreads>(partials, tile.group, first_line, end_line, scratch, write);
+    if (tile.first_line < tile.end_line) {
+      merge_flagged_lines<kThreads>(partials, tile.group, tile.first_line, tile.end_line, scratch, find);
     }
   }
 }
@@ -141,7 +142,7 @@ struct RunEnd {
   // Threads 0 and 1, before the first segment ends.
   __device__ __forceinline__ void clear() { shared[threadIdx.x].num_sharers = 0; }
   // One thread, where a segment ends that is not all of its group.
-  __device__ __forceinline__ void add(const TileInfo& tile) { shared[tile.rank == 0] = tile; }
+  __device__ __forceinline__ void add(const TileInfo& tile) { shared[tile.first_line == 0] = tile; }
   // Thread 0, some time before the end.
   __device__ __forceinline__ void ask(const Departures<TileInfo>& ctas) {
     cp_async_16(smem_address_of(counts), ctas.memory, true);
@@ -155,23 +156,32 @@ struct RunEnd {
                                         const Partials<kHeadDim, kTileQ, kWordFlags>& partials,
                                         const Output<T, kTileQ>& output, float* scratch) {
     const bool asks = threadIdx.x == 0;
-    if (asks) {
-      cp_async_wait<0>();
-      num_departed = ctas.end(counts[0], shared);
-      if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;
+    if (asks) cp_async_wait<0>();
+    sync_threads<kThreads>();  // the counts and the shares are there
+    const u64 seen = counts[0];
+    const bool all_there = ctas.all_are_there(seen);
+    if (__builtin_expect(!all_there, 0)) {
+      sync_threads<kThreads>();  // all have read the counts
+      if (asks) {
+        num_departed = ctas.end(seen, shared);
+        if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;
+      }
+      sync_threads<kThreads>();
+    } else if (asks) {
+      ctas.end();
     }
     while (true) {
-      sync_threads<kThreads>();  // the shares are there
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
         if (shared[i].num_sharers > 1)
           merge_share<kThreads, kFixedSplits>(partials, output, shared[i], scratch);
       }
-      if (num_departed <= 0) return;
-      sync_threads<kThreads>();  // all are done with them
+      if (all_there || num_departed <= 0) return;
+      sync_threads<kThreads>();  // all are done with the shares
       if (asks && !ctas.take(num_departed, shared)) {
         shared[0].num_sharers = shared[1].num_sharers = num_departed = 0;
       }
+      sync_threads<kThreads>();  // the next ones are there
     }
   }
 };

@@ -1,4 +1,4 @@
-// How the work of one decode step is dealt out: one contiguous run of KV tiles a CTA, all of equal length.
+// How the work of one decode step is dealt out: one contiguous run of KV tiles a CTA, all but the last of equal length.
 //
 // A *group* is what shares one read of the keys: (request, KV head, tile of query rows). Its keys are cut
 // into tiles of kTileKV tokens. All tiles of all groups, in that order, form one line of units, which is cut
@@ -6,8 +6,8 @@
 // nothing but lengths on the device is needed to know who does what.
 //
 //     group 0        group 1  group 2
-//     [t t t t t t t][t t t t][t t t t t t t]      7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 4 + 4
-//      CTA 0    | CTA 1     | CTA 2  | CTA 3
+//     [t t t t t t t][t t t t][t t t t t t t]      7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 5 + 3
+//      CTA 0    | CTA 1     | CTA 2     | CTA 3
 //
 // A group inside one run is finished there. A group over several runs leaves one partial state a run, which
 // partials.cuh merges. A run has at most two partial states: one of the group that it enters halfway (slot 2 * cta),
@@ -25,7 +25,7 @@
 //
 // MLA's partial states, of 512 columns, cost as much as several tiles. So there (kQTilesOutermost too), where all groups
 // have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be: 64 groups of 86
-// tiles on 66 clusters are 64 runs of 86, not 66 of 83.4.
+// tiles on 66 clusters are 64 runs of 86, not 65 of 84 and one of 44.
 //
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
@@ -79,46 +79,43 @@ struct Request {
   }
 };
 
-// The line cut into runs: the first `num_longer` CTAs have `quota` + 1 units, the others `quota`. Each part alike.
+// The line cut into runs of `quota` units, the last one shorter. Each part alike.
 struct Partition {
-  int cta;       // this one
-  int num_ctas;  // of all parts
+  int cta;  // this one
   int quota;
-  int num_longer;
-  int part_ctas;
   int part_units;
+  int num_parts;
+  // After number_ctas:
+  Reciprocal by_quota;
+  int part_ctas;
+  int num_ctas;  // of all parts
 
   __device__ __forceinline__ Partition() {}
-  __device__ __forceinline__ Partition(int total, int max_ctas, int num_parts = 1) {
-    part_units = total / num_parts;
-    // No more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4 rather than 232 of 4 and
-    // 32 of 3. There is less to merge, and runs of equal groups end where groups do.
-    const int most_units = max(ceil_div(part_units, max_ctas / num_parts), 1);
-    part_ctas = ceil_div(part_units, most_units);
-    num_ctas = part_ctas * num_parts;
-    quota = static_cast<u32>(part_units) / static_cast<u32>(max(part_ctas, 1));
-    num_longer = part_units - quota * part_ctas;
-  }
+  // Runs are equal, so there are no more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4.
+  // There is less to merge than with 232 of 4 and 32 of 3, and runs of equal groups end where groups do.
+  __device__ __forceinline__ Partition(int cta, int part_units, const Reciprocal& part_max_ctas,
+                                       int num_parts)
+      : cta(cta),
+        quota(max(part_max_ctas.divide_up(part_units), 1)),
+        part_units(part_units),
+        num_parts(num_parts) {}
   // Makes runs whole groups of `group_units`, which all have, if they are at most `slack` units longer for that.
-  __device__ __forceinline__ void align(int group_units, int slack, int num_parts) {
-    const int longest = max(quota + (num_longer > 0), 1);  // without any units, too
-    const int aligned = ceil_div(longest, group_units) * group_units;
-    if (aligned > longest + slack) return;
-    quota = aligned;
-    num_longer = 0;
-    part_ctas = ceil_div(part_units, aligned);
+  __device__ __forceinline__ void align(int group_units, int slack) {
+    const int aligned = static_cast<u32>(quota + group_units - 1) / group_units * group_units;
+    if (aligned <= quota + slack) quota = aligned;
+  }
+  // What is not needed to find the first keys.
+  __device__ __forceinline__ void number_ctas() {
+    by_quota = Reciprocal(quota);
+    part_ctas = by_quota.divide_up(part_units);
     num_ctas = part_ctas * num_parts;
   }
   // Of the line, or with parts, of a CTA's or unit's part.
   __device__ __forceinline__ int begin(int cta) const {
-    return min(cta * quota + min(cta, num_longer), part_units);
+    return min(static_cast<u32>(cta) * quota, static_cast<u32>(part_units));
   }
   // The CTA whose run holds `unit`.
-  __device__ __forceinline__ int cta_of(int unit) const {
-    const int in_longer = num_longer * (quota + 1);
-    return unit < in_longer ? static_cast<u32>(unit) / (quota + 1)
-                            : num_longer + static_cast<u32>(unit - in_longer) / quota;
-  }
+  __device__ __forceinline__ int cta_of(int unit) const { return by_quota.divide(unit); }
 };
 
 // Walks one CTA's run, tile by tile, through groups and requests.
@@ -173,9 +170,12 @@ struct Cursor {
   }
 };
 
-// The sum of what this thread and those before it have, and that of all; all threads must call it.
-template <int kThreads>
-__device__ __forceinline__ int inclusive_sum(int value, int* smem_warp_totals, int& total) {
+// The sum of what this thread and those before it have, and that of all; what is set in any thread's `flags`. All
+// threads must call it.
+template <int kThreads, bool kHasFlags>
+__device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) {
+  __shared__ int smem_warp_totals[kThreads / 32];
+  __shared__ u32 smem_warp_flags[kThreads / 32];
   const int tid = threadIdx.x;
   int end = value;
 #pragma unroll
@@ -183,13 +183,18 @@ __device__ __forceinline__ int inclusive_sum(int value, int* smem_warp_totals, i
     const int other = __shfl_up_sync(0xffffffffu, end, delta);
     if (tid % 32 >= delta) end += other;
   }
-  if (tid % 32 == 31) smem_warp_totals[tid / 32] = end;
+  if (kHasFlags) flags = __reduce_or_sync(0xffffffffu, flags);
+  if (tid % 32 == 31) {
+    smem_warp_totals[tid / 32] = end;
+    if (kHasFlags) smem_warp_flags[tid / 32] = flags;
+  }
   __syncthreads();
   total = 0;
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) {
     if (w < tid / 32) end += smem_warp_totals[w];
     total += smem_warp_totals[w];
+    if (kHasFlags) flags |= smem_warp_flags[w];
   }
   return end;
 }
@@ -198,69 +203,76 @@ __device__ __forceinline__ int inclusive_sum(int value, int* smem_warp_totals, i
 // reach it. A cluster that shares the work of one run has one number (and means itself where CTAs are spoken of).
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
 // begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
-// requests there is one round trip to memory.
+// requests there is one round trip to memory. What can be known before the lengths or the sum, is.
 template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
 __device__ __forceinline__ bool begin_run(const Problem& problem,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
                                           Partition& partition, int cta = blockIdx.x,
                                           int max_ctas = gridDim.x) {
-  __shared__ int smem_warp_totals[kThreads / 32];
   __shared__ Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost> smem_cursor;
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
-  const int tid = threadIdx.x;
+  const Reciprocal by_max_ctas(max_ctas);
   const int stride = ceil_div(problem.batch_size, kThreads);
-  const int first_request = tid * stride;
+  const int first_request = threadIdx.x * stride;
   const int end_request = min(first_request + stride, problem.batch_size);
 
   constexpr int kMaxParts = 4;  // of more, some CTAs would have nothing to do
+  // Of any request:
+  constexpr u32 kHasMoreQTiles = 1;    // than one
+  constexpr u32 kDiffersInQTiles = 2;  // from the first request
+  constexpr u32 kDiffersInTiles = 4;
+  u32 flags = 0;
   int units = 0;
-  int num_q_tiles = 0;
-  bool is_uniform = true;  // as many query tiles
-  bool is_equal = true;    // as many tiles of keys
-  if (first_request < end_request) {
-    cursor.enter(problem, first_request);
-    units = cursor.request.num_units(problem);
-    num_q_tiles = cursor.request.num_q_tiles(problem);
-    if (kQTilesOutermost) is_equal = cursor.request.num_tiles() == OneRequest(problem, 0).num_tiles();
+  int first_q_tiles = 0;
+  int first_tiles = 1;
+  if (kQTilesOutermost && problem.batch_size > 0) {
+    const OneRequest request(problem, 0);
+    first_q_tiles = request.num_q_tiles(problem);
+    first_tiles = request.num_tiles();
   }
-#pragma unroll 1
-  for (int b = first_request + 1; b < end_request; ++b) {
-    const OneRequest request(problem, b);
+  const auto add = [&](const OneRequest& request) {
     units += request.num_units(problem);
     if (kQTilesOutermost) {
-      is_uniform &= request.num_q_tiles(problem) == num_q_tiles;
-      is_equal &= request.num_tiles() == cursor.request.num_tiles();
-      num_q_tiles = max(num_q_tiles, request.num_q_tiles(problem));
+      const int num_q_tiles = request.num_q_tiles(problem);
+      flags |= num_q_tiles > 1 ? kHasMoreQTiles : 0;
+      flags |= num_q_tiles != first_q_tiles ? kDiffersInQTiles : 0;
+      flags |= request.num_tiles() != first_tiles ? kDiffersInTiles : 0;
     }
+  };
+  Reciprocal by_group_units(1);
+  if (first_request < end_request) {
+    cursor.enter(problem, first_request);
+    add(cursor.request);
+    by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
   }
+#pragma unroll 1
+  for (int b = first_request + 1; b < end_request; ++b) add(OneRequest(problem, b));
   int total;
-  int end = inclusive_sum<kThreads>(units, smem_warp_totals, total);
+  int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, flags);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
-  int num_parts = 1;
-  bool has_more_q_tiles = false;
-  if (kQTilesOutermost && __syncthreads_or(num_q_tiles > 1)) {
-    const int first_q_tiles = OneRequest(problem, 0).num_q_tiles(problem);
-    is_uniform &= first_request >= end_request || num_q_tiles == first_q_tiles;
-    has_more_q_tiles = true;
-    if (__syncthreads_and(is_uniform) && first_q_tiles <= min(kMaxParts, max_ctas)) {
-      num_parts = first_q_tiles;
-      has_more_q_tiles = false;
-    }
+  partition = Partition(cta, total, by_max_ctas, 1);
+  bool has_more_q_tiles = kQTilesOutermost && (flags & kHasMoreQTiles) != 0;
+  if (has_more_q_tiles && (flags & kDiffersInQTiles) == 0 && first_q_tiles <= min(kMaxParts, max_ctas)) {
+    has_more_q_tiles = false;
+    partition = Partition(cta, static_cast<u32>(total) / static_cast<u32>(first_q_tiles),
+                          Reciprocal(max_ctas / first_q_tiles), first_q_tiles);
   }
-  partition = Partition(total, max_ctas, num_parts);
-  partition.cta = cta;
-  if (kQTilesOutermost && !kFixedSplits && __syncthreads_and(is_equal)) {
+  if (kQTilesOutermost && !kFixedSplits && (flags & kDiffersInTiles) == 0) {
     // About what a CTA's partial states cost; in a long run, whole groups are read somewhat faster too.
-    const int slack = 4 + partition.quota / 32;
-    partition.align(OneRequest(problem, 0).num_tiles(), slack, num_parts);
+    partition.align(first_tiles, 4 + partition.quota / 32);
   }
-  if (cta >= partition.num_ctas) return false;
-  cursor.q_tile = kQTilesOutermost ? cta / partition.part_ctas : 0;
-  int unit = partition.begin(cta - cursor.q_tile * partition.part_ctas);  // of the part
+  int cta_in_part = cta;
+  cursor.q_tile = 0;
+  if (kQTilesOutermost && partition.num_parts > 1) {
+    partition.number_ctas();
+    cursor.q_tile = cta / partition.part_ctas;
+    cta_in_part -= cursor.q_tile * partition.part_ctas;
+    units /= partition.num_parts, end /= partition.num_parts;
+  }
+  int unit = partition.begin(cta_in_part);  // of the part
+  if (cursor.q_tile >= partition.num_parts || unit >= partition.part_units) return false;
   cursor.unit = cursor.q_tile * partition.part_units + unit;
-  cursor.unit_end =
-      cursor.q_tile * partition.part_units + partition.begin(cta - cursor.q_tile * partition.part_ctas + 1);
-  if (num_parts > 1) units /= num_parts, end /= num_parts;
+  cursor.unit_end = cursor.q_tile * partition.part_units + partition.begin(cta_in_part + 1);
   if (has_more_q_tiles) {
     // By query tile, each for all requests that have it.
 #pragma unroll 1
@@ -274,30 +286,37 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
         }
       }
       __syncthreads();  // the totals have been read
-      end = inclusive_sum<kThreads>(units, smem_warp_totals, total);
+      end = inclusive_sum<kThreads, false>(units, total, flags);
       if (unit < total) break;
       unit -= total;
     }
   }
   if (end - units <= unit && unit < end) {
     u32 unit_in_request = unit - (end - units);
-    const auto units_of_request = [&]() -> u32 {
-      if (!kQTilesOutermost) return cursor.request.num_units(problem);
-      return cursor.request.num_q_tiles(problem) > cursor.q_tile
-                 ? problem.num_kv_heads * cursor.request.num_units_in_group(problem)
-                 : 0;
-    };
+    if (stride > 1) {
+      const auto units_of_request = [&]() -> u32 {
+        if (!kQTilesOutermost) return cursor.request.num_units(problem);
+        return cursor.request.num_q_tiles(problem) > cursor.q_tile
+                   ? problem.num_kv_heads * cursor.request.num_units_in_group(problem)
+                   : 0;
+      };
 #pragma unroll 1
-    for (u32 skipped; unit_in_request >= (skipped = units_of_request());) {
-      unit_in_request -= skipped;
-      cursor.enter(problem, cursor.request_idx + 1);
+      for (u32 skipped; unit_in_request >= (skipped = units_of_request());) {
+        unit_in_request -= skipped;
+        cursor.enter(problem, cursor.request_idx + 1);
+      }
+      by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
     }
-    const u32 num_units = cursor.request.num_units_in_group(problem);
-    const u32 num_q_tiles = kQTilesOutermost ? 1 : cursor.request.num_q_tiles(problem);
-    const u32 group = unit_in_request / num_units;
-    cursor.tile = unit_in_request - group * num_units << (kFixedSplits ? problem.unit_shift : 0);
-    cursor.kv_head = num_q_tiles == 1 ? group : group / num_q_tiles;
-    if (!kQTilesOutermost) cursor.q_tile = group - cursor.kv_head * num_q_tiles;
+    const u32 group = by_group_units.divide(unit_in_request);
+    cursor.tile = unit_in_request - group * by_group_units.value << (kFixedSplits ? problem.unit_shift : 0);
+    cursor.kv_head = group;
+    if (!kQTilesOutermost) {
+      const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
+      if (num_q_tiles > 1) {
+        cursor.kv_head = group / num_q_tiles;
+        cursor.q_tile = group - cursor.kv_head * num_q_tiles;
+      }
+    }
     smem_cursor = cursor;
   }
   __syncthreads();
