@@ -164,7 +164,8 @@ def _schedule(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"sm_\d+[af]?", args.arch):
         raise ValueError(f"--arch must look like sm_90a, got {args.arch}")
     group_size = args.num_qo_heads // args.num_kv_heads
-    config = decode_config(args.arch, args.head_dim, group_size)
+    num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
+    config = decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms)
     segments = decode_schedule(
         args.lens,
         num_kv_heads=args.num_kv_heads,

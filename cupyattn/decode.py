@@ -9,7 +9,7 @@ from cupyattn import checks, interop, kernels, mla, reference
 from cupyattn.attention import OUTPUTS, TABLES, AttentionPlan, attend
 from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable, as_cache, as_operand
 from cupyattn.plan import PlanCache
-from cupyattn.runs import Runs, as_split_size
+from cupyattn.runs import Runs, as_split_size, max_units
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
 
@@ -210,7 +210,11 @@ class _DecodePlan(AttentionPlan):
             # another one rounds differently: a batch-invariant one must not depend on the batch.
             size = self.fixed_split_size
             rows = group_size if size else -(-num_tokens // batch_size) * group_size
-            config = kernels.decode_config(device_properties(self.device).arch, head_dim, rows)
+            properties = device_properties(self.device)
+            num_tiles = None
+            if size is None:
+                num_tiles = cache.num_kv_heads * max_units(64, batch_size, True, 1, cache.page_size, pages)
+            config = kernels.decode_config(properties.arch, head_dim, rows, num_tiles, properties.num_sms)
             template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
             self.runs = Runs(
                 "decode", get_kernel("decode", *template, device=self.device), config,

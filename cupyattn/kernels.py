@@ -63,7 +63,9 @@ class DecodeConfig:
         return self.ctas_per_sm * each
 
 
-def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
+def decode_config(
+    arch: str, head_dim: int, rows: int, num_tiles: int | None = None, num_sms: int = 1
+) -> DecodeConfig:
     """Choose the shape of the decode kernel. Any choice is right; this one is fast.
 
     Parameters
@@ -73,14 +75,26 @@ def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
     rows : int
         Query rows (query tokens x group size) per KV head. Up to 32 (16 where head_dim > 128), all warps share
         them and split the keys; with more, each warp takes rows of its own.
+    num_tiles : int, optional
+        Tiles of 64 keys that all KV heads of all requests have room for. If they are so few that even with fewer rows
+        a tile all would be worked on at once, tiles have 16 rows; or 8, if there is an SM for each. The keys are then
+        read several times, but a CTA is done sooner, and that is what such a step waits for.
+    num_sms : int
+        Matters with `num_tiles` only.
 
     Notes
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
     head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
-    is the fastest (33 MB, 268 MB, 2.1 GB: 16, 92 and 722 us); the second loses 1 to 3% on the large ones, the
-    third 13 to 30% everywhere.
+    is the fastest; the others lose up to 3% and 30%. With head_dim 64 and up to 8 rows, 4 x 3 are faster than 2 x 4 by
+    up to 9%. bench/NOTES.md has the times.
     """
+    if num_tiles is not None:
+        for fewer_rows in (8, 16):
+            config = decode_config(arch, head_dim, fewer_rows)
+            at_once = num_sms * (1 if fewer_rows == 8 else config.ctas_per_sm)
+            if config.tile_q < rows and num_tiles * -(-rows // config.tile_q) <= at_once:
+                return config
     per_sm = shared_bytes_per_sm(arch)
     if rows <= 16 or (rows <= 32 and head_dim <= 128):
         row_blocks = 4 if rows > 16 else -(-rows // 8)
@@ -88,7 +102,10 @@ def decode_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
     else:
         row_blocks = 2 if head_dim <= 128 else 1  # of 16 rows x 256 columns, registers would spill
         shapes = ((4, row_blocks, 1, 64), (2, row_blocks, 1, 32))
-    for shape, num_ctas, num_stages in itertools.product(shapes, (2, 1), (4, 3, 2)):
+    # With 8 rows x 64 columns there are registers for 4 CTAs.
+    ctas_and_stages = [(4, 3)] if rows <= 8 and head_dim <= 64 else []
+    ctas_and_stages += itertools.product((2, 1), (4, 3, 2))
+    for shape, (num_ctas, num_stages) in itertools.product(shapes, ctas_and_stages):
         config = DecodeConfig(*shape, num_stages, num_ctas)
         if config.shared_bytes_per_sm(head_dim) <= per_sm:
             return config

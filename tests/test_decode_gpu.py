@@ -152,7 +152,16 @@ def test_every_head_dim(xp, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_any_group_size(xp, group_size, head_dim):
     kv_lens = size(xp, [0, 1, 100, 1000, 5000], [0, 1, 100])
-    check(build_problem(kv_lens, num_kv_heads=1, group_size=group_size, head_dim=head_dim, xp=xp), group_size)
+    for spare_entries in (1, 3000):  # with room for little, tiles have fewer rows
+        problem = build_problem(
+            kv_lens,
+            num_kv_heads=1,
+            group_size=group_size,
+            head_dim=head_dim,
+            spare_entries=spare_entries,
+            xp=xp,
+        )
+        check(problem, (group_size, spare_entries))
 
 
 @pytest.mark.parametrize("window_left", [0, 1, 62, 63, 64, 65, 500, 2**31 - 1])

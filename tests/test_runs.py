@@ -51,6 +51,18 @@ def test_max_units_of_equal_requests_is_exact():
     assert runs.max_units(64, 8 * 128, True, 64, 16, pages) == 8 * 16 * 2
 
 
+def test_small_steps_have_tiles_of_fewer_rows():
+    def tile_q(rows, num_tiles, head_dim=128):
+        return kernels.decode_config("sm_90a", head_dim, rows, num_tiles, 132).tile_q
+
+    assert [tile_q(rows, 10**6) for rows in (1, 8, 9, 16, 17, 32, 33)] == [8, 8, 16, 16, 32, 32, 64]
+    assert [tile_q(32, num_tiles) for num_tiles in (33, 34, 132, 133)] == [8, 16, 16, 32]  # 4 x 33 = 132 SMs
+    assert [tile_q(16, num_tiles) for num_tiles in (66, 67)] == [8, 16]
+    assert [tile_q(64, num_tiles) for num_tiles in (16, 17, 66, 67)] == [8, 16, 16, 64]
+    assert [tile_q(32, num_tiles, 256) for num_tiles in (33, 34, 133)] == [8, 16, 32]
+    assert tile_q(8, 1) == tile_q(1, 1) == 8
+
+
 @pytest.mark.parametrize("arch", CI_ARCHS)
 def test_every_shape_of_the_mla_kernel_fits(arch):
     for rows, fixed_splits in itertools.product(ROWS, (False, True)):
