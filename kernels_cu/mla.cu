@@ -192,24 +192,24 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                                                            policy);
   };
   const auto copy_queries = [&](int buffer) {
-    constexpr int kChunks = kTileQ * Layout::kRowChunks;
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
     const int first_row = load.q_tile * kTileQ;
     const int num_rows = load.request.qo_len * num_qo_heads - first_row;
-#pragma unroll 1
-    for (int i = tid; i < kChunks; i += kThreads) {
-      const int row = i / Layout::kRowChunks;
-      const int chunk = i % Layout::kRowChunks;
-      const bool exists = row < num_rows;
-      const int token_in_request = heads.divide(first_row + row);
-      const int head = heads.modulo(first_row + row, token_in_request);
-      const i64 token = load.request.qo_begin + token_in_request;
-      const T* source =
-          chunk < kCkvDim / 8
-              ? q_ckv + token * q_ckv_stride_token + head * q_ckv_stride_head + chunk * 8
-              : q_kpe + token * q_kpe_stride_token + head * q_kpe_stride_head + (chunk * 8 - kCkvDim);
-      cp_async_16(smem_tile + Layout::offset(row, chunk), exists ? source : q_ckv, exists);
-    }
+    const auto copy_columns = [&](u32 first_chunk, u32 num_chunks, const T* begin, i64 stride_token,
+                                  i64 stride_head) {
+      const u32 chunk = tid % num_chunks;  // both are powers of two, known when this is inlined
+#pragma unroll 2
+      for (int row = tid / num_chunks; row < kTileQ; row += kThreads / num_chunks) {
+        const bool exists = row < num_rows;
+        const int token_in_request = heads.divide(first_row + row);
+        const int head = heads.modulo(first_row + row, token_in_request);
+        const i64 token = load.request.qo_begin + token_in_request;
+        const T* source = begin + token * stride_token + head * stride_head + chunk * 8;
+        cp_async_16(smem_tile + Layout::offset(row, first_chunk + chunk), exists ? source : q_ckv, exists);
+      }
+    };
+    copy_columns(0, kCkvDim / 8, q_ckv, q_ckv_stride_token, q_ckv_stride_head);
+    copy_columns(kCkvDim / 8, kKpeDim / 8, q_kpe, q_kpe_stride_token, q_kpe_stride_head);
   };
 
   // --- Consumer ---

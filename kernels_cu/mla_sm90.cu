@@ -727,7 +727,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                 target = reinterpret_cast<u64>(partials.row_at(last.slot, row));
               }
             }
-#pragma unroll 1
+#pragma unroll 2
             for (int in_row = row_thread * 4; in_row < kPassColumns; in_row += row_threads * 4) {
               float4 x = *reinterpret_cast<const float4*>(first + row * kPassRow + in_row);
               x.x *= first_weight, x.y *= first_weight, x.z *= first_weight, x.w *= first_weight;
