@@ -42,9 +42,8 @@ TIMEOUT_S = 300
 def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
     """(name, problem on the host, options) for each template instance of `decode`, and a few with fixed splits.
 
-    Two problems an instance: short requests, and one whose keys take 36 CTAs (two tiles of 64 keys each) or 71 fixed
-    splits: more partial states than the short code merges (32). With 4 rows of 64 dimensions the last CTA to arrive
-    merges its 36 alone; more than 4 * 4096 numbers (states x rows x head_dim) the last to arrive share by slices.
+    Short requests; one whose keys take 71 CTAs with a tile each, or 71 fixed splits, and as many partial states; and
+    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments.
     """
     from problems import build_problem
 
@@ -72,9 +71,12 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
                     storage="interleaved", window_left=40, logits_soft_cap=20.0, **room, **common,
                 )  # fmt: skip
                 long = build_problem([4500], dense=True, layout="HND", **room, **common)
+                many = build_problem([130] * 600, **common)
                 fixed = " fixed" if mode else ""
                 yield f"{dtype} d={head_dim} rows={rows} short{fixed}", short, mode
                 yield f"{dtype} d={head_dim} rows={rows} long{fixed}", long, mode
+                if dtype == "bfloat16" and not mode:
+                    yield f"{dtype} d={head_dim} rows={rows} many", many, mode
 
 
 def run_decode() -> int:

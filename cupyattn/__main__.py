@@ -61,7 +61,12 @@ def main(argv: list[str] | None = None) -> int:
         "schedule", help="say, or draw, which CTA of a decode step reads which keys"
     )
     command.add_argument(
-        "--lens", type=int, nargs="+", required=True, metavar="TOKENS", help="keys of each request"
+        "--lens",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="TOKENS",
+        help="keys of each request; tables have room for just these",
     )
     command.add_argument("--num-qo-heads", type=int, default=8, help="query heads (%(default)s)")
     command.add_argument("--num-kv-heads", type=int, default=1, help="KV heads (%(default)s)")
@@ -164,7 +169,9 @@ def _schedule(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"sm_\d+[af]?", args.arch):
         raise ValueError(f"--arch must look like sm_90a, got {args.arch}")
     group_size = args.num_qo_heads // args.num_kv_heads
-    num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
+    num_tiles = None  # with fixed splits it must not matter
+    if args.fixed_split_size is None:
+        num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
     config = decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms)
     segments = decode_schedule(
         args.lens,

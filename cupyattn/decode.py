@@ -34,8 +34,9 @@ def decode(
     """Attention of each request's newest tokens over its keys and values in a paged cache.
 
     One kernel launch on the current stream; no synchronization. Lengths and tables are read on the device, so
-    a captured CUDA graph stays right when they change in place (their shapes must not). The first call with a
-    head_dim and dtype compiles or loads a kernel: make it before a capture.
+    a captured CUDA graph stays right when they change in place (their shapes must not). The first call with
+    arrays of some shapes and dtype may compile or load a kernel: make it before a capture. Without `fixed_split_size`,
+    which kernel that is, and with it the rounding, depends on the batch and on what the page table has room for.
 
     Parameters
     ----------

@@ -93,7 +93,8 @@ def decode_config(
         for fewer_rows in (8, 16):
             config = decode_config(arch, head_dim, fewer_rows)
             at_once = num_sms * (1 if fewer_rows == 8 else config.ctas_per_sm)
-            if config.tile_q < rows and num_tiles * -(-rows // config.tile_q) <= at_once:
+            num_units = num_tiles * (64 // config.tile_kv) * -(-rows // config.tile_q)
+            if config.tile_q < rows and num_units <= at_once:
                 return config
     per_sm = shared_bytes_per_sm(arch)
     if rows <= 16 or (rows <= 32 and head_dim <= 128):

@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         constexpr int kCopies = kTileKV / kRowsAtOnce;
         // Addresses read at once; with many rows there are no registers for more.
         constexpr int kBatch = kTileQ > 16 ? 2 : kCopies < 8 ? kCopies : 8;
+        static_assert(kCopies % kBatch == 0);
 #pragma unroll
         for (int kv = 0; kv < 2; ++kv)
 #pragma unroll

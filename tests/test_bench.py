@@ -841,7 +841,12 @@ def test_sanitizer_runs_every_instance_once() -> None:
         seen.append((kernels.decode_template(problem.dtype, head_dim, shape, bool(mode)), name.split()[3:]))
     plain = {(template, *kind) for template, kind in seen if "fixed" not in kind}
     instances = {t for t in kernels._decode_instances("sm_90") if not t[-1]}
-    assert plain == {(template, kind) for template in instances for kind in ("short", "long")}
+    bfloat16 = {t for t in instances if t[0] == kernels.CUDA_TYPES["bfloat16"]}
+    kinds = {(template, kind) for template in instances for kind in ("short", "long")}
+    assert plain == kinds | {(template, "many") for template in bfloat16}
+    for config in {c for dim in kernels.DECODE_HEAD_DIMS for c in kernels.decode_configs("sm_90", dim)}:
+        # Tiles: of "many", runs use a stage again.
+        assert config.num_stages * config.ctas_per_sm * 132 < 600 * 3
     assert len(seen) == len(plain) + 2 * 2 * 3
 
 

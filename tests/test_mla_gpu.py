@@ -363,7 +363,7 @@ def test_the_same_bits_every_time(xp, num_heads, qo_lens, fixed_split_size):
 @pytest.mark.parametrize(("batch", "kv_len"), [(1, 65536), (8, 8192), (32, 4096), (128, 4096)])
 @pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
 def test_the_same_bits_in_hundreds_of_launches(xp, pools, num_heads, batch, kv_len):
-    """What is overwritten while a warp may still be reading it spoils some launches, from 1 in 2 to 1 in 400 of them.
+    """What is overwritten while a warp may still be reading it spoils some launches: a bug had 1 in 2 to 1 in 400.
 
     There are enough keys for mla_sm90.cu to serve 16 heads too. Nothing waits between launches: differing numbers are
     counted on the device.

@@ -271,6 +271,15 @@ def test_errors_name_the_argument(changed: dict[str, Any], error: type[Exception
 LENS = ("schedule", "--lens", "65536", *["256"] * 64)
 
 
+@pytest.mark.parametrize(("options", "ctas"), [([], 64), (["--fixed-split-size", "64"], 16)])
+def test_cli_cuts_rows_as_decode_does(
+    options: list[str], ctas: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 rows are 4 tiles of 8 in so small a step; but one with fixed splits, which must not depend on the batch."""
+    assert main(["schedule", "--lens", "1000", "--num-qo-heads", "32", *options]) == 0
+    assert re.search(rf"^CTAs +{ctas} of ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_cli_says_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(list(LENS)) == 0
     rows = dict(re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())

@@ -75,7 +75,6 @@ __device__ __forceinline__ void touch(float parameter) { asm volatile("" : : "f"
 // Makes the compiler compute a value here, and keep it.
 __device__ __forceinline__ void pin(u32& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(i64& value) { asm volatile("" : "+l"(value)); }
-__device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)); }
 template <typename T>
 __device__ __forceinline__ void pin(T*& pointer) {
   asm volatile("" : "+l"(pointer));

@@ -6,7 +6,8 @@
 
 namespace cupyattn {
 
-// A divisor that the host knows. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994, figure 4.1.
+// A divisor that the host knows. Granlund and Montgomery, "Division by invariant integers using multiplication", 1994,
+// figure 4.1.
 struct Divisor {
   int value;
   u32 multiplier;  // floor(2^32 * (2^shift - value) / value) + 1
@@ -22,7 +23,7 @@ struct Divisor {
 // A divisor that the device alone knows, 1 to 2^30.
 struct Reciprocal {
   u32 value;
-  u32 inverse;  // 2^32 / value, too small by at most 1.0003
+  u32 inverse;  // 2^32 / value, too small by at most 1.0005
 
   __device__ __forceinline__ Reciprocal() {}
   __device__ __forceinline__ explicit Reciprocal(u32 value) : value(value) {

@@ -14,9 +14,9 @@ namespace cupyattn {
 struct alignas(16) TileInfo {
   int token_begin;  // its first key
   int kv_len;
-  bool begins_segment;
-  bool ends_segment;
-  u16 q_buffer;  // where the segment's queries lie
+  u16 begins_segment;
+  u16 ends_segment;
+  int q_buffer;  // where the segment's queries lie
   int q_tile;
   int kv_head;
   int qo_begin;
@@ -34,9 +34,9 @@ struct alignas(16) TileInfo {
   static __device__ __forceinline__ TileInfo
   of(const Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& load, const Problem& problem,
      const Partition& partition, bool begins_segment, bool ends_segment, int q_buffer) {
-    TileInfo tile{load.token_begin(), load.request.kv_len,        begins_segment,
-                  ends_segment,       static_cast<u16>(q_buffer), load.q_tile,
-                  load.kv_head,       load.request.qo_begin,      load.request.qo_len};
+    TileInfo tile{load.token_begin(), load.request.kv_len, begins_segment, ends_segment,
+                  q_buffer,           load.q_tile,         load.kv_head,   load.request.qo_begin,
+                  load.request.qo_len};
     if (ends_segment) {
       const int unit = load.unit_in_group(problem);
       const int group_begin = load.unit - unit;
@@ -65,7 +65,8 @@ struct alignas(16) TileInfo {
     return min(qo_len * group_size.value - q_tile * kTileQ, kTileQ);
   }
 };
-static_assert(sizeof(TileInfo) == 64, "_TILE_INFO_BYTES of runs.py");
+static_assert(sizeof(TileInfo) == 64,
+              "_TILE_INFO_BYTES of runs.py; no padding, which Share{} need not clear");
 
 template <typename T>
 __device__ __forceinline__ void store4(T* gmem, const float4& x) {
@@ -161,7 +162,6 @@ struct RunEnd {
     const u64 seen = counts[0];
     const bool all_there = ctas.all_are_there(seen);
     if (__builtin_expect(!all_there, 0)) {
-      sync_threads<kThreads>();  // all have read the counts
       if (asks) {
         num_departed = ctas.end(seen, shared);
         if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;

@@ -2,12 +2,12 @@
 //
 // A *group* is what shares one read of the keys: (request, KV head, tile of query rows). Its keys are cut
 // into tiles of kTileKV tokens. All tiles of all groups, in that order, form one line of units, which is cut
-// into equal runs. So one long request beside many short ones costs the same per byte as equal ones, and
+// into runs, equal but for the last. So one long request beside many short ones costs the same per byte as equal ones, and
 // nothing but lengths on the device is needed to know who does what.
 //
 //     group 0        group 1  group 2
 //     [t t t t t t t][t t t t][t t t t t t t]      7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 5 + 3
-//      CTA 0    | CTA 1     | CTA 2     | CTA 3
+//      CTA 0    | CTA 1   | CTA 2   | CTA 3
 //
 // A group inside one run is finished there. A group over several runs leaves one partial state a run, which
 // partials.cuh merges. A run has at most two partial states: one of the group that it enters halfway (slot 2 * cta),
@@ -257,7 +257,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     partition = Partition(cta, static_cast<u32>(total) / static_cast<u32>(first_q_tiles),
                           Reciprocal(max_ctas / first_q_tiles), first_q_tiles);
   }
-  if (kQTilesOutermost && !kFixedSplits && (flags & kDiffersInTiles) == 0) {
+  if (kQTilesOutermost && (flags & kDiffersInTiles) == 0) {
     // About what a CTA's partial states cost; in a long run, whole groups are read somewhat faster too.
     partition.align(first_tiles, 4 + partition.quota / 32);
   }
