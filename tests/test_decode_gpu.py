@@ -253,7 +253,7 @@ def test_a_million_tokens(xp, pools, page_size, window_left):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_merges(xp, pools, head_dim):
-    """Groups over 1, 2, ... some hundred CTAs: states that one CTA merges, and that several share by slices."""
+    """Groups over 1, 2, ... some hundred CTAs, which share the lines of their states."""
     for step, rows in itertools.product(size(xp, (64, 448, 2048, 12000), (64,)), (1, 12, 20, 32, 40)):
         kv_lens = [step * (i + 1) + i for i in range(5)] + [0]
         problem = pools(xp, "bfloat16").problem(
