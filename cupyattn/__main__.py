@@ -1,23 +1,29 @@
-"""``python -m cupyattn``: list and compile the kernels, draw a schedule, say what this machine will use."""
+"""``python -m cupyattn``: list and compile the kernels, draw a schedule or a cascade, say what this machine uses."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.metadata
 import os
 import platform
+import random
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from . import __version__
 from .checks import check_divisible
-from .kernels import DECODE_HEAD_DIMS, decode_config
+from .draw import draw_levels
+from .kernels import DECODE_HEAD_DIMS, cascade_config, decode_config
+from .prefix import CascadeCost, PrefixTree
 from .runtime import (
     CI_ARCHS,
     Build,
@@ -32,7 +38,7 @@ from .runtime import (
 )
 from .runtime.compiler import nvrtc
 from .runtime.registry import TemplateArg, UnknownKernel, get_spec
-from .schedule import Segment, decode_schedule, draw_schedule, schedule_figures
+from .schedule import Segment, cascade_schedule, decode_schedule, draw_schedule, schedule_figures
 
 Instance = tuple[KernelSpec, tuple[TemplateArg, ...], str]  # kernel, template arguments, arch
 
@@ -68,19 +74,24 @@ def main(argv: list[str] | None = None) -> int:
         metavar="TOKENS",
         help="keys of each request; tables have room for just these",
     )
-    command.add_argument("--num-qo-heads", type=int, default=8, help="query heads (%(default)s)")
-    command.add_argument("--num-kv-heads", type=int, default=1, help="KV heads (%(default)s)")
-    command.add_argument("--head-dim", type=int, default=128, choices=DECODE_HEAD_DIMS, help="(%(default)s)")
-    command.add_argument("--arch", default="sm_90a", help="(%(default)s)")
-    command.add_argument("--num-sms", type=int, default=132, help="SMs of the device (%(default)s)")
     command.add_argument("--window-left", type=int, default=-1, help="keys before its own that a query sees")
     command.add_argument(
         "--fixed-split-size", type=int, metavar="TOKENS", help="batch-invariant mode: cut keys every so many"
     )
-    command.add_argument(
-        "--out", type=Path, help="draw it, with matplotlib: a path that ends in .svg or .png"
-    )
+    _add_sizes(command)
     command.set_defaults(run=_schedule)
+
+    command = commands.add_parser(
+        "cascade", help="say, or draw, what requests of a trace share, and which CTA reads it"
+    )
+    command.add_argument(
+        "--trace", type=Path, required=True, metavar="CSV", help="columns as in bench/traces/README.md"
+    )
+    command.add_argument("--row", type=int, default=0, help="of its first request (%(default)s)")
+    command.add_argument("--batch", type=int, help="requests that run together (all that follow)")
+    command.add_argument("--block-size", type=int, default=512, help="tokens of a block (%(default)s)")
+    _add_sizes(command)
+    command.set_defaults(run=_cascade)
 
     command = commands.add_parser("info", help="say what cupyattn finds and uses on this machine")
     command.set_defaults(run=_info)
@@ -94,6 +105,18 @@ def main(argv: list[str] | None = None) -> int:
     except (CompilerNotFound, UnknownKernel, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_sizes(command: argparse.ArgumentParser) -> None:
+    """Add the options that a schedule's figures depend on, and where to draw it."""
+    command.add_argument("--num-qo-heads", type=int, default=8, help="query heads (%(default)s)")
+    command.add_argument("--num-kv-heads", type=int, default=1, help="KV heads (%(default)s)")
+    command.add_argument("--head-dim", type=int, default=128, choices=DECODE_HEAD_DIMS, help="(%(default)s)")
+    command.add_argument("--arch", default="sm_90a", help="(%(default)s)")
+    command.add_argument("--num-sms", type=int, default=132, help="SMs of the device (%(default)s)")
+    command.add_argument(
+        "--out", type=Path, help="draw it, with matplotlib: a path that ends in .svg or .png"
+    )
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -165,10 +188,7 @@ def _build_all(work: Iterable[Instance], jobs: int) -> Iterator[tuple[Instance, 
 
 
 def _schedule(args: argparse.Namespace) -> int:
-    check_divisible("--num-qo-heads", args.num_qo_heads, "--num-kv-heads", args.num_kv_heads)
-    if not re.fullmatch(r"sm_\d+[af]?", args.arch):
-        raise ValueError(f"--arch must look like sm_90a, got {args.arch}")
-    group_size = args.num_qo_heads // args.num_kv_heads
+    group_size = _check_sizes(args)
     num_tiles = None  # with fixed splits it must not matter
     if args.fixed_split_size is None:
         num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
@@ -184,32 +204,110 @@ def _schedule(args: argparse.Namespace) -> int:
         fixed_split_size=args.fixed_split_size,
     )
     if args.out is not None:
-        return _draw(args, segments)
+        title = f"{len(args.lens)} requests, {sum(args.lens)} tokens, {_sizes(args)}"
+        if args.fixed_split_size is not None:
+            title += f", splits of {args.fixed_split_size}"
+        return _draw(args.out, lambda: draw_schedule(segments, args.out, title=title))
+    print(_table(_schedule_rows(segments, config.ctas_per_sm * args.num_sms)))
+    return 0
+
+
+def _cascade(args: argparse.Namespace) -> int:
+    group_size = _check_sizes(args)
+    tree = PrefixTree(args.block_size)
+    requests = _running_requests(args.trace, args.row, args.batch, args.block_size)
+    num_pages = 0
+    for request, (kv_len, blocks) in enumerate(requests):
+        pages = range(num_pages, num_pages := num_pages - (-kv_len // args.block_size))
+        tree.add(request, pages, kv_len, hashes=blocks)
+    cost = CascadeCost.gqa(args.num_qo_heads, args.num_kv_heads, args.head_dim)
+    levels, _, saving_us = tree.levels(choose=cost)
+    fewest_groups = min(pages.batch_size for pages, _ in levels.levels)
+    num_rows = -(-len(requests) // max(fewest_groups, 1)) * group_size
+    choose_config = decode_config if levels.num_levels == 1 else cascade_config
+    config = choose_config(args.arch, args.head_dim, num_rows)
+    segments = cascade_schedule(
+        levels,
+        num_kv_heads=args.num_kv_heads,
+        group_size=group_size,
+        tile_kv=config.tile_kv,
+        tile_q=config.tile_q,
+        max_ctas=config.ctas_per_sm * args.num_sms,
+    )
+    num_tokens = sum(kv_len for kv_len, _ in requests)
+    shared = [(qo_indptr, pages.kv_lens.tolist()) for pages, qo_indptr in levels.levels[:-1]]
+    own = int(levels.levels[-1][0].kv_lens.sum())
+    num_read = own + sum(sum(lens) for _, lens in shared)
+    if args.out is not None:
+        title = f"{len(requests)} requests, {num_tokens} tokens, {num_read} of them different, {_sizes(args)}"
+        return _draw(args.out, lambda: draw_levels(levels, args.out, segments=segments, title=title))
+    rows = [("requests", str(len(requests))), ("tokens", f"{num_tokens}, {num_read} of them different")]
+    for number, (qo_indptr, lens) in enumerate(shared):
+        of = [str(n) for n, kv_len in zip(np.diff(qo_indptr), lens, strict=True) if kv_len]
+        keys = [str(kv_len) for kv_len in lens if kv_len]
+        rows.append((f"level {number}", f"{len(keys)} groups; requests {_few(of)}; tokens {_few(keys)}"))
+    rows.append(("own", f"{own} tokens"))
+    rows.append(("saving", f"{saving_us:.1f} us, as CascadeCost sees it" if shared else "none: plain decode"))
+    rows.append(("items", f"{len(segments)}, of up to {config.tile_q} query rows"))
+    print(_table(rows + _schedule_rows(segments, config.ctas_per_sm * args.num_sms)))
+    return 0
+
+
+def _running_requests(
+    path: Path, first_row: int, batch: int | None, block_size: int
+) -> list[tuple[int, list[str]]]:
+    """Return what each request holds, part-way through its output, and the blocks that it may share."""
+    progress = random.Random(0)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["row"]) >= first_row][:batch]
+        found = [(int(row["input_tokens"]), int(row["output_tokens"]), row["blocks"].split()) for row in rows]
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"{path} has no column {error}") from None
+    if not found or len(found) < (batch or 1):
+        raise ValueError(f"{path} has {len(found)} rows from row {first_row} on, fewer than {batch or 1}")
+    # The last block of a prompt is its own, even if it is full.
+    return [
+        (inputs + int(progress.random() * outputs), blocks[: (inputs - 1) // block_size])
+        for inputs, outputs, blocks in found
+    ]
+
+
+def _check_sizes(args: argparse.Namespace) -> int:
+    """Return the query heads of a KV head."""
+    check_divisible("--num-qo-heads", args.num_qo_heads, "--num-kv-heads", args.num_kv_heads)
+    if not re.fullmatch(r"sm_\d+[af]?", args.arch):
+        raise ValueError(f"--arch must look like sm_90a, got {args.arch}")
+    return int(args.num_qo_heads // args.num_kv_heads)
+
+
+def _sizes(args: argparse.Namespace) -> str:
+    heads = f"{args.num_qo_heads}/{args.num_kv_heads} heads, head_dim {args.head_dim}"
+    return f"{heads}, {args.num_sms} SMs ({args.arch})"
+
+
+def _schedule_rows(segments: Sequence[Segment], max_ctas: int) -> list[tuple[str, ...]]:
     figures = schedule_figures(segments)
-    rows = [
-        ("CTAs", f"{figures.num_ctas} of {config.ctas_per_sm * args.num_sms}"),
+    return [
+        ("CTAs", f"{figures.num_ctas} of {max_ctas}"),
         ("longest run", f"{figures.longest_run} tokens"),
         ("groups split", f"{figures.num_split} of {figures.num_groups}"),
         ("partial states", str(figures.num_partials)),
         ("longest merge", str(figures.longest_merge)),
     ]
-    print(_table(rows))
-    return 0
 
 
-def _draw(args: argparse.Namespace, segments: Sequence[Segment]) -> int:
-    if args.out.suffix not in (".svg", ".png"):
-        raise ValueError(f"--out must end in .svg or .png, got {args.out}")
-    heads = f"{args.num_qo_heads}/{args.num_kv_heads} heads, head_dim {args.head_dim}"
-    title = f"{len(args.lens)} requests, {sum(args.lens)} tokens, {heads}, {args.num_sms} SMs ({args.arch})"
-    if args.fixed_split_size is not None:
-        title += f", splits of {args.fixed_split_size}"
+def _draw(out: Path, draw: Callable[[], None]) -> int:
+    if out.suffix not in (".svg", ".png"):
+        raise ValueError(f"--out must end in .svg or .png, got {out}")
     try:
-        draw_schedule(segments, args.out, title=title)
+        draw()
     except ModuleNotFoundError:
         raise ValueError("--out needs matplotlib: pip install 'cupyattn[bench]'") from None
     except OSError as error:
-        raise ValueError(f"cannot write {args.out}: {error.strerror}") from None
+        raise ValueError(f"cannot write {out}: {error.strerror}") from None
     return 0
 
 
@@ -277,6 +375,10 @@ def _version(*names: str) -> str:
 
 def _span(counts: set[int]) -> str:
     return f"{min(counts)}-{max(counts)}" if len(counts) > 1 else str(*counts or {0})
+
+
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(texts if len(texts) <= 4 else [*texts[:3], "..."])
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

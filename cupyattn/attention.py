@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class AttentionPlan(Plan):
     """Operands: queries (one array or two), cache, `qo_indptr`, page table, as kernels take them, and `OUTPUTS`."""
 
     written = ("out", "lse")
+    table_names: ClassVar[tuple[str, ...]] = ("qo_indptr", *TABLES)
 
     out_shape: tuple[int, ...]
     sm_scale: float | None = None  # where a call gives none
@@ -59,7 +60,7 @@ class AttentionPlan(Plan):
 
     def __init_subclass__(cls) -> None:
         names: list[str] = []
-        for operand in cls.operand_names:
+        for operand in getattr(cls, "operand_names", ()):  # none of a class that others build on
             names += (operand,) if isinstance(operand, str) else operand
         cls.apart = tuple((a, b) for i, a in enumerate(names) if a in OUTPUTS for b in names[:i])
 
@@ -68,7 +69,7 @@ class AttentionPlan(Plan):
         *queries, cache, qo_indptr, pages, out, lse, workspace = operands
         cache = as_cache(cache)
         self.fixed_split_size = fixed_split_size
-        self._check(operands, cache, "batch" if qo_indptr is None else "total_q")
+        self._check(operands, cache, self._tokens(qo_indptr, pages))
         self._check_offsets(qo_indptr)
         if lse is not None:
             checks.check_dtype(f"{self.caller}: lse", lse, "float32")
@@ -78,13 +79,17 @@ class AttentionPlan(Plan):
             return
         checks.check_dtype(f"{self.caller}: q", queries[0], kernels.DECODE_DTYPES)
         self._check_dims(cache)
-        self._aligned = [name for name in self.array_names if name not in (*TABLES, "qo_indptr", "lse")]
+        self._aligned = [name for name in self.array_names if name not in (*self.table_names, "lse")]
         for name, a in zip(self.array_names, flatten(operands), strict=True):
             if a is not None and name in self._aligned and name != "workspace":
                 checks.check_aligned_strides(f"{self.caller}: {name}", a)
         self._prepare(*queries, cache, pages, qo_indptr is None, out, lse)
         self.needed_bytes = self.runs.needed_bytes if self.runs else runs.workspace_bytes(self.device)
         runs.check_workspace(self.caller, workspace, self.needed_bytes)
+
+    def _tokens(self, qo_indptr: Any, pages: Any) -> str:
+        """Return what patterns call the first axis of queries and `out`."""
+        return "batch" if qo_indptr is None else "total_q"
 
     def _check(self, operands: tuple[Any, ...], cache: Any, tokens: str) -> None:
         """Check queries and `out`, and set `out_shape`; `tokens` is what patterns call their first axis."""

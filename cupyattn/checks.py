@@ -297,6 +297,7 @@ def validate_pages(
     qo_indptr: Any = None,
     num_tokens: int | None = None,
     window_left: int = -1,
+    first_keys: np.ndarray | None = None,
 ) -> None:
     """Check the values of a page table (and of `qo_indptr`) on the host: the work of ``validate=True``.
 
@@ -313,6 +314,8 @@ def validate_pages(
         What `qo_indptr` must end at.
     window_left : int
         Pages that lie before the window of a request's first query are not in use.
+    first_keys : array, shape [batch], integer, optional
+        What follows from `window_left` and `qo_indptr` where it is not this: of each request the first key in use.
 
     Raises
     ------
@@ -334,8 +337,10 @@ def validate_pages(
 
     num_needed = -(-kv_lens // page_size)
     first = np.zeros_like(kv_lens)  # page in use, per request
-    if window_left >= 0:
-        first = np.clip(kv_lens - num_queries - window_left, 0, kv_lens) // page_size
+    if first_keys is None and window_left >= 0:
+        first_keys = kv_lens - num_queries - window_left
+    if first_keys is not None:
+        first = np.where(first_keys < kv_lens, np.maximum(first_keys, 0) // page_size, num_needed)
     if pages.kv_indptr is None:
         num_held = np.full(len(kv_lens), kv_indices.shape[1], dtype=np.int64)
         starts = np.arange(len(kv_lens), dtype=np.int64) * kv_indices.shape[1]

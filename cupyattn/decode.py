@@ -170,13 +170,15 @@ def decode_workspace_bytes(
     others = (qo_indptr, pages, None, None, None)
     if isinstance(cache, PagedMLACache):
         plans = mla.plans
-        operands: tuple[Any, ...] = (*mla.query_parts(q), cache, *others)
+        operands: tuple[Any, ...] = (*mla.query_parts("decode_workspace_bytes", q), cache, *others)
     else:
         plans, operands = _plans, (q, as_operand("decode_workspace_bytes", cache), *others)
     return plans.make(operands, (as_split_size(plans.caller, fixed_split_size),)).needed_bytes
 
 
-class _DecodePlan(AttentionPlan):
+class DecodePlan(AttentionPlan):
+    """What a signature of `decode` settles."""
+
     caller = "decode"
     operand_names = ("q", ("k_pages", "v_pages"), "qo_indptr", TABLES, *OUTPUTS)
 
@@ -190,7 +192,7 @@ class _DecodePlan(AttentionPlan):
         )
         self._check_rows("q", q, "k_pages", cache.k_pages)
         checks.check_divisible(
-            "decode: num_qo_heads", sizes["num_qo_heads"], "num_kv_heads", cache.num_kv_heads
+            f"{self.caller}: num_qo_heads", sizes["num_qo_heads"], "num_kv_heads", cache.num_kv_heads
         )
         self._check_rows("out", out, "q", q)
         self.out_shape = q.shape
@@ -199,7 +201,9 @@ class _DecodePlan(AttentionPlan):
     def _check_dims(self, cache: PagedKVCache) -> None:
         if cache.head_dim not in kernels.DECODE_HEAD_DIMS:
             supported = ", ".join(map(str, kernels.DECODE_HEAD_DIMS))
-            raise ValueError(f"decode: head_dim must be one of {supported} on a GPU, got {cache.head_dim}")
+            raise ValueError(
+                f"{self.caller}: head_dim must be one of {supported} on a GPU, got {cache.head_dim}"
+            )
 
     def _prepare(
         self, q: Any, cache: PagedKVCache, pages: PageTable, single: bool, out: Any, lse: Any
@@ -222,14 +226,19 @@ class _DecodePlan(AttentionPlan):
                 config.shared_bytes(head_dim), head_dim, num_rows=num_tokens * group_size, single=single,
                 num_kv_heads=cache.num_kv_heads, page_size=cache.page_size, pages=pages, fixed_split_size=size,
             )  # fmt: skip
-            self.runs.fix(
-                *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *self._output_strides(out, lse),
-                batch_size, cache.num_kv_heads, *kernels.divisor(group_size), *kernels.divisor(cache.page_size),
-            )  # fmt: skip
+            self.runs.fix(*self._arguments(q, cache, out, lse, batch_size))
+
+    def _arguments(self, q: Any, cache: PagedKVCache, out: Any, lse: Any, batch_size: int) -> tuple[int, ...]:
+        """Return the kernel's arguments that no table decides, but for `batch_size`."""
+        group_size = q.shape[1] // cache.num_kv_heads
+        return (
+            *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *self._output_strides(out, lse),
+            batch_size, cache.num_kv_heads, *kernels.divisor(group_size), *kernels.divisor(cache.page_size),
+        )  # fmt: skip
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
         q, cache, qo_indptr, pages, *_ = operands
         return reference.decode(q, as_cache(cache), pages, qo_indptr=qo_indptr, **options)
 
 
-_plans: PlanCache[AttentionPlan] = PlanCache(_DecodePlan)
+_plans: PlanCache[AttentionPlan] = PlanCache(DecodePlan)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable
 from cupyattn.checks import framework_of
+from cupyattn.levels import CascadeLevels
 
 
 def get_array_module(*args: Any) -> Any:
@@ -51,6 +52,8 @@ def _some_array(a: Any) -> Any:
         return a.ckv_pages
     if isinstance(a, PageTable):
         return a.kv_lens
+    if isinstance(a, CascadeLevels):
+        return a.levels[0][0].kv_lens
     return a
 
 
@@ -62,7 +65,8 @@ def is_foreign(a: Any) -> bool:
 def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `function` on arrays of the framework of `like`, on its current stream; results are its arrays.
 
-    Arguments may be arrays, caches, page tables, and tuples or lists of arrays; anything else passes through.
+    Arguments may be arrays, caches, page tables, levels of them, and tuples or lists of arrays; anything else passes
+    through.
     An argument that comes back as a result (``out=``) is the caller's own object.
 
     Raises
@@ -81,6 +85,8 @@ def call(function: Callable[..., Any], like: Any, *args: Any, **kwargs: Any) -> 
                 return PagedMLACache(native(a.ckv_pages), native(a.kpe_pages))
             if isinstance(a, PageTable):
                 return PageTable(native(a.kv_indptr), native(a.kv_indices), native(a.kv_lens))
+            if isinstance(a, CascadeLevels):
+                return CascadeLevels(native(a.levels), q_indices=native(a.q_indices))
             if isinstance(a, tuple | list):
                 return tuple(native(x) for x in a)
             if isinstance(a, np.generic) or not (hasattr(a, "shape") and hasattr(a, "dtype")):

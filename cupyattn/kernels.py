@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ CUDA_TYPES = {
     "bfloat16": "cupyattn::bfloat16_t",
     "float32": "float",
 }
+LEVELS = "cupyattn::Levels"  # the last template argument of kernels that do a cascade
 DECODE_DTYPES = ("float16", "bfloat16")
 APPEND_THREADS = 128  # kAppendThreads of append.cu
 DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -136,6 +137,17 @@ def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
             yield decode_template(dtype, head_dim, config, fixed_splits)
 
 
+def cascade_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
+    """Choose the shape for a cascade whose largest groups have so many rows; 16 at least, as 8 are too few to share."""
+    return decode_config(arch, head_dim, max(rows, 16))
+
+
+def _decode_cascade_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
+    for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
+        for config in dict.fromkeys(cascade_config(arch, head_dim, rows) for rows in (16, 32, 33)):
+            yield decode_template(dtype, head_dim, config)
+
+
 def decode_template(
     dtype: str, head_dim: int, config: DecodeConfig, fixed_splits: bool = False
 ) -> tuple[str | int, ...]:
@@ -196,6 +208,7 @@ class MLASm90Config:
     """A shape of the kernel of mla_sm90.cu, by the query rows of a tile."""
 
     tile_q: int
+    is_cascade: bool = False
     num_threads: ClassVar[int] = 384
     tile_kv: ClassVar[int] = 48
     cluster_size: ClassVar[int] = 2
@@ -203,7 +216,7 @@ class MLASm90Config:
     @property
     def word_flags(self) -> bool:
         """As `Partials::kWordFlags`."""
-        return self.tile_q < 64
+        return self.is_cascade or self.tile_q < 64
 
     @property
     def shared_bytes(self) -> int:
@@ -216,7 +229,9 @@ class MLASm90Config:
 MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64, 128))
 
 
-def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | None:
+def mla_sm90_config(
+    rows: int, num_tiles: int, num_sms: int, is_cascade: bool = False
+) -> MLASm90Config | None:
     """Choose the shape of the kernel of mla_sm90.cu, or None where that of mla.cu is faster.
 
     Parameters
@@ -233,7 +248,8 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
     """
     if rows <= 16 and num_tiles <= 4 * num_sms:
         return None
-    return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
+    config = next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
+    return dataclasses.replace(config, is_cascade=is_cascade)
 
 
 def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:
@@ -296,6 +312,17 @@ def _mla_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
                 yield mla_template(dtype, config, fixed_splits)
 
 
+def _mla_cascade_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
+    configs = [config for config in mla_plain_configs(arch) if isinstance(config, MLAConfig)]
+    for dtype, config in itertools.product(DECODE_DTYPES, configs):
+        yield mla_template(dtype, config)
+
+
+def _mla_sm90_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
+    for dtype, config in itertools.product(DECODE_DTYPES, MLA_SM90_CONFIGS):
+        yield CUDA_TYPES[dtype], config.tile_q
+
+
 def divisor(value: int) -> tuple[int, int, int]:
     """Return `value` with what lets a kernel divide by it (see divide.cuh): (value, multiplier, shift)."""
     shift = (value - 1).bit_length()
@@ -347,6 +374,22 @@ DECODE = register_kernel(
     )
 )
 
+LEVELS_BYTES = 416  # of Levels in cascade.cuh
+
+
+def _cascade(spec: KernelSpec, instances: Callable[[str], Iterator[tuple[str | int, ...]]]) -> KernelSpec:
+    """Return the same kernel for the levels of a cascade."""
+    return dataclasses.replace(
+        spec,
+        name=f"{spec.name}_cascade",
+        template=(*spec.template, "Cascade"),
+        args=(*spec.args, ("levels", f"bytes:{LEVELS_BYTES}:8")),
+        instances=lambda arch: ((*template, LEVELS) for template in instances(arch)),
+    )
+
+
+DECODE_CASCADE = register_kernel(_cascade(DECODE, _decode_cascade_instances))
+
 MLA_DECODE = register_kernel(
     KernelSpec(
         name="mla",
@@ -387,12 +430,13 @@ MLA_SM90_DECODE = register_kernel(
         source="mla_sm90.cu",
         symbol="cupyattn::mla_sm90_kernel",
         template=("T", "kTileQ"),
-        instances=lambda arch: itertools.product(
-            (CUDA_TYPES[dtype] for dtype in DECODE_DTYPES), (config.tile_q for config in MLA_SM90_CONFIGS)
-        ),
+        instances=_mla_sm90_instances,
         archs=("sm_90a",),
     )
 )
+
+MLA_CASCADE = register_kernel(_cascade(MLA_DECODE, _mla_cascade_instances))
+MLA_SM90_CASCADE = register_kernel(_cascade(MLA_SM90_DECODE, _mla_sm90_instances))
 
 MERGE_STATES = register_kernel(
     KernelSpec(

@@ -93,7 +93,7 @@ def mla_decode(
     >>> bool(np.allclose(w_uv @ out[0, 0], weights @ (ckv @ w_uv.T) / weights.sum(), atol=1e-5))
     True
     """
-    q_ckv, q_kpe = query_parts(q)
+    q_ckv, q_kpe = query_parts("mla_decode", q)
     if interop.is_foreign(q_ckv):
         return interop.call(
             mla_decode, q_ckv, q, cache, pages, sm_scale=sm_scale, qo_indptr=qo_indptr, window_left=window_left,
@@ -107,15 +107,20 @@ def mla_decode(
     )
 
 
-def query_parts(q: Any) -> tuple[Any, Any]:
+def query_parts(caller: str, q: Any) -> tuple[Any, Any]:
     """Return (q_ckv, q_kpe), or (q, None) for one array."""
     if not isinstance(q, tuple | list):
         return q, None
     if len(q) != 2:
-        raise TypeError(f"mla_decode: q must be an array or a pair (q_ckv, q_kpe), got {len(q)} arrays")
+        raise TypeError(f"{caller}: q must be an array or a pair (q_ckv, q_kpe), got {len(q)} arrays")
     if q[1] is None:
-        raise TypeError("mla_decode: q_kpe must be an array, got None")
+        raise TypeError(f"{caller}: q_kpe must be an array, got None")
     return q[0], q[1]
+
+
+def split_query(q: Any, q_kpe: Any, cache: PagedMLACache) -> tuple[Any, Any]:
+    """Return (q_ckv, q_kpe) of what `query_parts` returned, as views."""
+    return (q[..., : cache.ckv_dim], q[..., cache.ckv_dim :]) if q_kpe is None else (q, q_kpe)
 
 
 def check_cache(caller: str, cache: Any) -> None:
@@ -124,7 +129,9 @@ def check_cache(caller: str, cache: Any) -> None:
         raise TypeError(f"{caller}: cache must be a PagedMLACache, got {type(cache).__name__}")
 
 
-class _MLAPlan(AttentionPlan):
+class MLAPlan(AttentionPlan):
+    """What a signature of `mla_decode` settles."""
+
     caller = "mla_decode"
     operand_names = ("q", "q_kpe", ("ckv_pages", "kpe_pages"), "qo_indptr", TABLES, *OUTPUTS)
 
@@ -144,7 +151,7 @@ class _MLAPlan(AttentionPlan):
             self._check_rows(name, a, "ckv_pages", cache.ckv_pages)
         self._check_rows("out", out, "ckv_pages", cache.ckv_pages)
         if 0 in q.shape[1:]:
-            raise ValueError(f"mla_decode: q must have at least one head, got shape {list(q.shape)}")
+            raise ValueError(f"{self.caller}: q must have at least one head, got shape {list(q.shape)}")
         self.out_shape = (*q.shape[:2], cache.ckv_dim)
         self.q_kpe_offset = cache.ckv_dim * q.dtype.itemsize  # from q on, where that is one array
 
@@ -152,7 +159,7 @@ class _MLAPlan(AttentionPlan):
         ckv_dim, kpe_dim = kernels.MLA_DIMS
         if (cache.ckv_dim, cache.kpe_dim) != kernels.MLA_DIMS:
             raise ValueError(
-                f"mla_decode: cache must have ckv_dim = {ckv_dim} and kpe_dim = {kpe_dim} on a GPU, "
+                f"{self.caller}: cache must have ckv_dim = {ckv_dim} and kpe_dim = {kpe_dim} on a GPU, "
                 f"got {cache.ckv_dim} and {cache.kpe_dim}"
             )
 
@@ -177,29 +184,35 @@ class _MLAPlan(AttentionPlan):
                 template = kernels.mla_template(dtype, config, size is not None)
                 kernel = get_kernel("mla", *template, device=self.device)
             self.runs = Runs(
-                "mla_decode", kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
+                self.caller, kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
                 single=single, num_kv_heads=1, page_size=cache.page_size, pages=pages, fixed_split_size=size,
             )  # fmt: skip
-            q_strides = checks.element_strides(q)[:2]
-            self.runs.fix(
-                *q_strides, *(q_strides if q_kpe is None else checks.element_strides(q_kpe)[:2]),
-                *checks.element_strides(cache.ckv_pages)[:2], *checks.element_strides(cache.kpe_pages)[:2],
-                *self._output_strides(out, lse), batch_size, *kernels.divisor(num_qo_heads),
-                *kernels.divisor(cache.page_size),
-            )  # fmt: skip
+            self.runs.fix(*self._arguments(q, q_kpe, cache, out, lse, batch_size))
+
+    def _arguments(
+        self, q: Any, q_kpe: Any, cache: PagedMLACache, out: Any, lse: Any, batch_size: int
+    ) -> tuple[int, ...]:
+        """Return the kernel's arguments that no table decides, but for `batch_size`."""
+        q_strides = checks.element_strides(q)[:2]
+        return (
+            *q_strides, *(q_strides if q_kpe is None else checks.element_strides(q_kpe)[:2]),
+            *checks.element_strides(cache.ckv_pages)[:2], *checks.element_strides(cache.kpe_pages)[:2],
+            *self._output_strides(out, lse), batch_size, *kernels.divisor(q.shape[1]),
+            *kernels.divisor(cache.page_size),
+        )  # fmt: skip
 
     def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+        """Return pointers to the inputs; where the queries are one array, two into it."""
         q, q_kpe, *others = super().bind(arrays, place)
         return (q, q_kpe or q + self.q_kpe_offset, *others)
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
         q, q_kpe, cache, qo_indptr, pages, *_ = operands
-        if q_kpe is None:
-            q, q_kpe = q[..., : cache.ckv_dim], q[..., cache.ckv_dim :]
+        q, q_kpe = split_query(q, q_kpe, cache)
         return reference.mla_decode(q, q_kpe, cache, pages, qo_indptr=qo_indptr, **options)
 
 
-plans: PlanCache[AttentionPlan] = PlanCache(_MLAPlan)
+plans: PlanCache[AttentionPlan] = PlanCache(MLAPlan)
 
 
 def mla_append(

@@ -43,8 +43,12 @@ class ArrayGroup:
     def __init__(self, arrays: dict[str, Any], **settings: Any) -> None:
         for name, value in {**arrays, **settings}.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_arrays", tuple(arrays.values()))
-        object.__setattr__(self, "_settings", tuple(settings.values()))
+        self._hold(tuple(arrays.values()), tuple(settings.values()))
+
+    def _hold(self, arrays: tuple[Any, ...], settings: tuple[Any, ...] = ()) -> None:
+        """Remember what the group consists of; where attributes are others than the arrays, this is called alone."""
+        object.__setattr__(self, "_arrays", arrays)
+        object.__setattr__(self, "_settings", settings)
         object.__setattr__(self, "_key", 0)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -6,11 +6,13 @@ whatever lies in unused pages, in slots past a sequence's end or outside of the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable
+from cupyattn.levels import CascadeLevels
 from cupyattn.rope import Rope
 
 # Queries are taken in runs whose logits stay below this many numbers (32 MiB), however long the sequence.
@@ -193,6 +195,162 @@ def _gather(pages_nhd: np.ndarray, page_ids: np.ndarray, tokens: slice) -> np.nd
     gathered: np.ndarray = pages_nhd[page_ids]
     gathered = gathered.reshape(-1, *gathered.shape[2:])[tokens].astype(np.float64)
     return gathered.swapaxes(0, 1)
+
+
+def _gather_slots(pages_nhd: np.ndarray, page_ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Return one token of each page of a row, as `_gather` returns some of each."""
+    gathered: np.ndarray = pages_nhd[page_ids, slots].astype(np.float64)
+    return gathered.swapaxes(0, 1)
+
+
+def cascade_decode(
+    q: np.ndarray,
+    cache: PagedKVCache,
+    levels: CascadeLevels,
+    *,
+    sm_scale: float,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention over keys that requests share: as `decode` where each request's keys are listed one by one.
+
+    A request's keys are those of its groups, one level after the other; in a level where it is in no group it has
+    none. They are numbered through, and its query tokens are the last of them: so causality and the window go by
+    true positions, across the border of a level too.
+
+    Parameters
+    ----------
+    q : array, shape [tokens, num_qo_heads, head_dim]
+    cache : PagedKVCache
+    levels : CascadeLevels
+        Says with `q_indices` which row of `q` a token is.
+    sm_scale, window_left, logits_soft_cap
+        As for `decode`.
+
+    Returns
+    -------
+    out : array, shape of q, float64
+    lse : array, shape of q without head_dim, float64
+        Rows that are nobody's token are 0 and -inf.
+    """
+    k_nhd, v_nhd = cache.nhd()
+    return _cascade(
+        q,
+        lambda page_ids, slots: _gather_slots(k_nhd, page_ids, slots),
+        lambda page_ids, slots: _gather_slots(v_nhd, page_ids, slots),
+        levels,
+        page_size=cache.page_size,
+        num_kv_heads=cache.num_kv_heads,
+        value_dim=cache.head_dim,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+    )
+
+
+def mla_cascade_decode(
+    q_ckv: np.ndarray,
+    q_kpe: np.ndarray,
+    cache: PagedMLACache,
+    levels: CascadeLevels,
+    *,
+    sm_scale: float,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multi-head latent attention over keys that requests share: `cascade_decode` of what `mla_decode` is.
+
+    Parameters
+    ----------
+    q_ckv : array, shape [tokens, num_qo_heads, ckv_dim]
+    q_kpe : array, shape [tokens, num_qo_heads, kpe_dim]
+    cache : PagedMLACache
+    levels, sm_scale, window_left, logits_soft_cap
+        As for `cascade_decode`.
+
+    Returns
+    -------
+    out : array, shape of q_ckv, float64
+    lse : array, shape [tokens, num_qo_heads], float64
+        Rows that are nobody's token are 0 and -inf.
+    """
+    ckv, kpe = cache.ckv_pages[:, :, None], cache.kpe_pages[:, :, None]
+
+    def keys(page_ids: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        return np.concatenate([_gather_slots(a, page_ids, slots) for a in (ckv, kpe)], axis=-1)
+
+    return _cascade(
+        np.concatenate([q_ckv, q_kpe], axis=-1),
+        keys,
+        lambda page_ids, slots: _gather_slots(ckv, page_ids, slots),
+        levels,
+        page_size=cache.page_size,
+        num_kv_heads=1,
+        value_dim=cache.ckv_dim,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+    )
+
+
+_GatherSlots = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _cascade(
+    q: np.ndarray,
+    keys: _GatherSlots,
+    values: _GatherSlots,
+    levels: CascadeLevels,
+    *,
+    page_size: int,
+    num_kv_heads: int,
+    value_dim: int,
+    sm_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Do the work of `cascade_decode`. ``keys(page_ids, slots)`` is [num_kv_heads, slots, dim] in float64."""
+
+    def attend(queries: np.ndarray, page_ids: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # To a page table, one request's keys are pages of one token, which go by their numbers.
+        numbers, kv_len = np.arange(len(slots), dtype=np.int32), np.array([len(slots)], dtype=np.int32)
+        return _decode(
+            queries,
+            lambda seen, _: keys(page_ids[seen], slots[seen]),
+            lambda seen, _: values(page_ids[seen], slots[seen]),
+            PageTable.from_dense(numbers[None], kv_len),
+            page_size=1,
+            num_kv_heads=num_kv_heads,
+            value_dim=value_dim,
+            sm_scale=sm_scale,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            qo_indptr=np.array([0, len(queries)]),
+        )
+
+    out = np.zeros((*q.shape[:2], value_dim))
+    lse = np.full(q.shape[:2], -np.inf)
+    last = levels.levels[-1][1]
+    for begin, end in itertools.pairwise(range(levels.batch_size + 1) if last is None else last.tolist()):
+        if begin < end:
+            rows = slice(begin, end) if levels.q_indices is None else levels.q_indices[begin:end]
+            out[rows], lse[rows] = attend(q[rows], *_keys_of_request(levels, begin, page_size))
+    return out, lse
+
+
+def _keys_of_request(levels: CascadeLevels, token: int, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return page and slot of every key of the request that has query token `token`, level after level."""
+    page_ids, slots = [], []
+    for pages, qo_indptr in levels.levels:
+        # The last group that begins at the token or before: one that begins there too, but is empty, comes earlier.
+        group = token if qo_indptr is None else int(np.searchsorted(qo_indptr, token, side="right")) - 1
+        if 0 <= group < pages.batch_size:
+            start = None if pages.kv_indptr is None else int(pages.kv_indptr[group])
+            row = pages.kv_indices[group if start is None else slice(start, None)]
+            column, slot = np.divmod(np.arange(pages.kv_lens[group]), page_size)
+            page_ids.append(row[column])
+            slots.append(slot)
+    return np.concatenate(page_ids), np.concatenate(slots)
 
 
 def merge_states(out: np.ndarray, lse: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:

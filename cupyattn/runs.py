@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cupyattn import checks, kernels
 from cupyattn.cache import PageTable
+from cupyattn.levels import MAX_LEVELS, CascadeLevels
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.launch import Kernel, Launcher
 from cupyattn.runtime.workspace import default_workspace, zeroed
@@ -17,6 +21,8 @@ _MAX_CTAS = 4096
 _TILE_INFO_BYTES = 64
 _DEPARTURES_BYTES = 16 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
 _MAX_SLOTS = 2**17  # partial states, with fixed splits: several GB
+_MAX_NODES = 2**15  # groups of all levels of a cascade
+_NODE_BYTES = 16  # of Node in cascade.cuh
 
 
 class Tiles(Protocol):
@@ -80,25 +86,37 @@ class Runs:
         self, caller: str, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, *, num_rows: int,
         single: bool, num_kv_heads: int, page_size: int, pages: PageTable, fixed_split_size: int | None,
     ) -> None:  # fmt: skip
-        self._kernel = kernel
-        # CTAs without work only delay the next launch.
         num_units = num_kv_heads * max_units(
             fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
         )
+        num_slots = None
+        if fixed_split_size is not None:
+            num_slots = num_units
+            if num_slots > _MAX_SLOTS:
+                raise ValueError(
+                    f"{caller}: fixed_split_size = {fixed_split_size} makes up to {num_slots} splits of what the "
+                    f"page table has room for, more than {_MAX_SLOTS}"
+                )
+        self._size(kernel, tiles, shared_bytes, head_dim, num_units, num_slots)
+        split_shift = ((fixed_split_size or 0) // tiles.tile_kv).bit_length() - 1 if num_slots else 0
+        table_row_stride, num_table_entries = table_arguments(pages)
+        self._table_arguments = (table_row_stride, num_table_entries, split_shift, num_slots or 0)
+
+    def _size(
+        self, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, num_units: int,
+        num_slots: int | None, num_homes: int = 0,
+    ) -> None:  # fmt: skip
+        """Set grid and workspace for up to so many units, with two slots a CTA by default, and homes of one row."""
+        self._kernel = kernel
+        # CTAs without work only delay the next launch.
         per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
         most_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS)
         num_ctas = min(most_ctas // tiles.cluster_size, num_units) * tiles.cluster_size
         num_columns = head_dim // tiles.cluster_size
-        split_shift, max_splits, num_slots = 0, 0, 2 * num_ctas
-        if fixed_split_size is not None:
-            split_shift = (fixed_split_size // tiles.tile_kv).bit_length() - 1
-            max_splits = num_slots = num_units
-            if max_splits > _MAX_SLOTS:
-                raise ValueError(
-                    f"{caller}: fixed_split_size = {fixed_split_size} makes up to {max_splits} splits of what the "
-                    f"page table has room for, more than {_MAX_SLOTS}"
-                )
-        state_bytes = num_slots * tiles.tile_q * num_columns * 4
+        if num_slots is None:
+            num_slots = 2 * num_ctas
+        self._slot_rows = num_slots * tiles.tile_q // tiles.cluster_size
+        state_bytes = (num_slots * tiles.tile_q + num_homes * tiles.cluster_size) * num_columns * 4
         layout = workspace_layout(kernel.device)
         self.needed_bytes = layout.end
         if tiles.word_flags:
@@ -113,18 +131,15 @@ class Runs:
             kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes
         )
         self._launchers: dict[bool, Launcher] = {}  # with and without pdl
-        table_row_stride = 0 if pages.kv_indptr is not None else checks.element_strides(pages.kv_indices)[0]
-        # Entries that the kernel may prefetch from the table's start on: of a table that lies there in one piece.
-        in_one_piece = not pages.is_dense or table_row_stride >= pages.kv_indices.shape[1]
-        num_table_entries = min(pages.kv_indices.size, 2**31 - 1) if in_one_piece else 0
-        self._table_arguments = (table_row_stride, num_table_entries, split_shift, max_splits)
 
     def fix(self, *arguments: int) -> None:
         """Set the kernel's arguments between its pointers and `table_row_stride`, for all calls."""
         fixed = (*arguments, *self._table_arguments)
-        num_pointers = len(self._kernel.layout.fields) - len(fixed) - 3
+        fields = self._kernel.layout.fields
+        num_pointers = next(i for i, field in enumerate(fields) if field.ctype != "ptr")
+        num_options = len(fields) - num_pointers - len(fixed)
         self._prepare = functools.partial(
-            self._prepare, arguments=(*(None,) * num_pointers, *fixed, None, None, None)
+            self._prepare, arguments=(*(None,) * num_pointers, *fixed, *(None,) * num_options)
         )
 
     def __call__(
@@ -140,6 +155,84 @@ class Runs:
         launcher.launch_plain(
             (*pointers, start + self._state_offset, start + self._lse_offset, start, *options), stream
         )
+
+
+def table_arguments(pages: PageTable) -> tuple[int, int]:
+    """Return the stride of a table's rows, and how many entries from its start on a kernel may prefetch."""
+    row_stride = 0 if pages.kv_indptr is not None else checks.element_strides(pages.kv_indices)[0]
+    in_one_piece = not pages.is_dense or row_stride >= pages.kv_indices.shape[1]
+    return row_stride, min(pages.kv_indices.size, 2**31 - 1) if in_one_piece else 0
+
+
+class CascadeRuns(Runs):
+    """The same for a cascade, whose kernels take Levels (cascade.cuh) as their last argument.
+
+    Parameters
+    ----------
+    caller, kernel, tiles, shared_bytes, head_dim, num_kv_heads, page_size
+        As for `Runs`.
+    group_size : int
+    num_tokens : int
+        Query tokens.
+    levels : CascadeLevels
+
+    Raises
+    ------
+    ValueError
+        There are more than 2^15 groups.
+    """
+
+    def __init__(
+        self, caller: str, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, *, group_size: int,
+        num_tokens: int, num_kv_heads: int, page_size: int, levels: CascadeLevels,
+    ) -> None:  # fmt: skip
+        num_nodes = sum(pages.batch_size for pages, _ in levels.levels)
+        if num_nodes > _MAX_NODES:
+            raise ValueError(
+                f"{caller}: levels must have at most {_MAX_NODES} groups in all, got {num_nodes}"
+            )
+        num_units = num_kv_heads * sum(
+            max_units(
+                tiles.tile_kv, num_tokens * group_size, qo_indptr is None, tiles.tile_q, page_size, pages
+            )
+            for pages, qo_indptr in levels.levels
+            if pages.batch_size
+        )
+        num_homes = levels.num_levels * num_tokens * num_kv_heads * group_size
+        # Nodes lie behind what else a CTA has in shared memory, if it costs no CTA; else in the workspace.
+        with_nodes = shared_bytes + num_nodes * _NODE_BYTES
+        in_shared = with_nodes <= kernel.max_dynamic_shared and (
+            kernel.max_active_blocks(tiles.num_threads, with_nodes)
+            == kernel.max_active_blocks(tiles.num_threads, shared_bytes)
+        )
+        self._size(
+            kernel, tiles, with_nodes if in_shared else shared_bytes, head_dim, num_units, None, num_homes
+        )
+        self._table_arguments = (0, 0, 0, 0)
+        # What of Levels are no addresses: after each level's four, and at the end.
+        first_nodes = itertools.accumulate((pages.batch_size for pages, _ in levels.levels), initial=0)
+        self._numbers = [
+            (pages.batch_size, *table_arguments(pages), first_node)
+            for (pages, _), first_node in zip(levels.levels, first_nodes, strict=False)
+        ]
+        place = (shared_bytes, True) if in_shared else (workspace_layout(kernel.device).scratch, False)
+        self._totals = (levels.num_levels, num_nodes, num_tokens, self._slot_rows, *place)
+
+    def pack(self, addresses: Sequence[int]) -> bytes:
+        """Return Levels, of the addresses of the arrays of `CascadeLevels`."""
+        packed = b"".join(
+            struct.pack("<4Q4i", *addresses[4 * i : 4 * i + 4], *numbers)
+            for i, numbers in enumerate(self._numbers)
+        )
+        packed = packed.ljust(MAX_LEVELS * struct.calcsize("<4Q4i"), b"\0")
+        return packed + struct.pack("<Q4iIi", addresses[-1], *self._totals)
+
+    def __call__(
+        self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
+    ) -> None:
+        """As `Runs` does; before `out` and `lse`, `pointers` have what `pack` returned."""
+        *before, levels, out, lse = pointers
+        super().__call__((*before, out, lse), workspace, (*options, levels), stream, pdl)
 
 
 def max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: int, pages: PageTable) -> int:
@@ -208,6 +301,11 @@ def validate(
         caller, pages, page_size=cache.page_size, num_pages=cache.num_pages, qo_indptr=qo_indptr,
         num_tokens=q.shape[0], window_left=window_left,
     )  # fmt: skip
+    check_zeroed(caller, workspace)
+
+
+def check_zeroed(caller: str, workspace: Any) -> None:
+    """Raise ValueError unless it is None or zero where it must be between launches; waits for the device."""
     if workspace is not None and not is_zeroed(workspace):
         raise ValueError(f"{caller}: workspace must be all zeros between launches, got others")
 
@@ -265,7 +363,7 @@ def workspace_layout(device: int) -> WorkspaceLayout:
     shapes += [
         (config, ckv_dim, config.shared_bytes) for config in kernels.mla_plain_configs(properties.arch)
     ]
-    most_zeroed = most_scratch = 0
+    most_zeroed, most_scratch = 0, _MAX_NODES * _NODE_BYTES
     for tiles, head_dim, shared_bytes in shapes:
         num_ctas = min(properties.max_shared_per_sm // shared_bytes * properties.num_sms, _MAX_CTAS)
         state_bytes = 2 * num_ctas * tiles.tile_q * head_dim // tiles.cluster_size * 4

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from cupyattn import checks
+from cupyattn.levels import CascadeLevels
+
 _MAX_UNITS = 2**31 - 1  # kernels count units in an int
 
 
@@ -281,6 +284,62 @@ def decode_schedule(
                 segments.append(Segment(cta, request_idx, kv_head, q_tile, kv_begin, kv_end, complete))
                 unit = end
     return segments
+
+
+def cascade_schedule(
+    levels: CascadeLevels,
+    *,
+    num_kv_heads: int,
+    group_size: int,
+    tile_kv: int,
+    tile_q: int,
+    max_ctas: int,
+    window_left: int = -1,
+) -> list[Segment]:
+    """Say which CTA of a cascade reads which keys: on its line, the groups of all levels are the requests.
+
+    Parameters
+    ----------
+    levels : CascadeLevels
+    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left
+        As for `decode_schedule`.
+
+    Returns
+    -------
+    list of Segment
+        In the order of the line: ``request`` counts the groups of all levels, level by level. ``complete`` says that
+        a CTA has all keys of the group, not that its state is a result: where there are groups above, it is merged.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `decode_schedule`.
+
+    Examples
+    --------
+    Two requests share 128 keys, and have 10 and 70 of their own:
+
+    >>> shared = PageTable(np.array([0, 2], "int32"), np.array([7, 8], "int32"), np.array([128], "int32"))
+    >>> own = PageTable.from_dense(np.array([[2, 3], [4, 5]], "int32"), np.array([10, 70], "int32"))
+    >>> levels = CascadeLevels([(shared, np.array([0, 2], "int32")), (own, None)])
+    >>> sizes = dict(num_kv_heads=1, group_size=8, tile_kv=64, tile_q=16)
+    >>> for s in cascade_schedule(levels, max_ctas=2, **sizes):
+    ...     print(s.cta, s.request, s.kv_begin, s.kv_end, s.complete)
+    0 0 0 128 True
+    0 1 0 10 True
+    1 2 0 70 True
+    """
+    kv_lens, qo_lens = [], []
+    for number, (pages, qo_indptr) in enumerate(levels.levels, 1):
+        lens = np.maximum(checks.to_host(pages.kv_lens), 0)
+        tokens = np.ones_like(lens) if qo_indptr is None else np.diff(checks.to_host(qo_indptr))
+        # Without keys a group is nothing, but a request's result must be written.
+        qo_lens.append(tokens if number == levels.num_levels else np.where(lens > 0, tokens, 0))
+        kv_lens.append(lens)
+    return decode_schedule(
+        np.concatenate(kv_lens), qo_lens=np.concatenate(qo_lens), num_kv_heads=num_kv_heads, group_size=group_size,
+        tile_kv=tile_kv, tile_q=tile_q, max_ctas=max_ctas, window_left=window_left,
+    )  # fmt: skip
 
 
 def schedule_figures(segments: Sequence[Segment]) -> ScheduleFigures:

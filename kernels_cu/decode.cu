@@ -8,10 +8,15 @@
 // as its columns, so that a group of up to 8 query heads wastes nothing:
 //   S^T = K Q^T       [keys, rows]   accumulators become the B operand of the next product by movmatrix
 //   O^T += V^T P^T    [head_dim, rows]
+// On sm_90a, four warps with rows of their own multiply as a warpgroup instead (wgmma.cuh), 64 rows at once:
+//   S = Q K^T         [rows, keys]   from shared memory; accumulators become the A operand of the next product
+//   O += P V          [rows, head_dim]
 // Where a segment (the tiles of a group that are in the run) ends, the warps' states are merged through shared
 // memory. What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
+// With Levels, requests are the groups of all levels of a cascade (cascade.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
 
+#include "cupyattn/cascade.cuh"
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/launch.cuh"
@@ -22,12 +27,13 @@
 #include "cupyattn/schedule.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/tile.cuh"
+#include "cupyattn/wgmma.cuh"
 
 namespace cupyattn {
 
 // clang-format off
 template <typename T, int kHeadDim, int kWarpsQ, int kRowBlocks, int kWarpsKV, int kTileKV, int kStages,
-          int kCtasPerSM, bool kFixedSplits>
+          int kCtasPerSM, bool kFixedSplits, typename... Cascade>
 __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     decode_kernel(const T* __restrict__ q,              // [num_tokens, num_qo_heads, head_dim], strided
                   const T* __restrict__ k_pages,        // paged, PageStrides
@@ -55,7 +61,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   int max_splits,                       // that the workspace has slots for
                   int window_left,                      // -1: unbounded
                   float sm_scale,
-                  float logits_soft_cap) {              // 0: none
+                  float logits_soft_cap,                // 0: none
+                  const __grid_constant__ Cascade... cascade) {  // nothing, or Levels: then kv_lens and the like too
   // clang-format on
   constexpr int kWarps = kWarpsQ * kWarpsKV;
   constexpr int kThreads = 32 * kWarps;
@@ -69,7 +76,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
   static_assert(kRowBlocks == 1 || kRowBlocks % 2 == 0, "queries are loaded in pairs of blocks");
   static_assert(kStages >= 2, "one tile is read while another is filled");
-  using Layout = TileLayout<kHeadDim>;
+  constexpr bool kUsesWgmma =
+      kHasWgmma && kWarpsQ == 4 && kRowBlocks == 2 && kWarpsKV == 1 && kTileKV == 64 && kHeadDim % 64 == 0;
+  using Layout = typename LayoutOf<kHeadDim, kTileKV, kUsesWgmma>::Type;
+  constexpr bool kIsCascade = sizeof...(Cascade) > 0;
+  static_assert(!kIsCascade || !kFixedSplits);
   // Queries stay in registers where there is room for them.
   constexpr bool kQueriesInRegisters = kDimSteps * kRowBlocks <= 16;
   // One chain of dependent MMAs would leave a tensor core idle most of the time.
@@ -77,15 +88,22 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   const Divisor group{group_size, group_multiplier, group_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
-  const Problem problem{PageTable{kv_indptr, kv_indices, table_row_stride},
-                        qo_indptr,
-                        kv_lens,
-                        batch_size,
-                        num_kv_heads,
-                        group,
-                        window_left,
-                        split_shift,
-                        max_splits};
+  extern __shared__ __align__(kUsesWgmma ? 1024 : 128) unsigned char smem[];
+  const auto problem = [&]() {
+    if constexpr (kIsCascade) {
+      return cascade_problem(departures, smem, num_kv_heads, group, window_left, cascade...);
+    } else {
+      return Problem{PageTable{kv_indptr, kv_indices, table_row_stride},
+                     qo_indptr,
+                     kv_lens,
+                     batch_size,
+                     num_kv_heads,
+                     group,
+                     window_left,
+                     split_shift,
+                     max_splits};
+    }
+  }();
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse};
@@ -110,13 +128,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const float logit_scale = sm_scale * (logits_soft_cap > 0.0f ? reciprocal_approx(logits_soft_cap) : kLog2E);
   const float soft_cap_log2 = logits_soft_cap * kLog2E;
 
-  extern __shared__ __align__(128) unsigned char smem[];
   unsigned char* smem_kv = smem;                               // [kStages][K, V] tiles
   unsigned char* smem_q = smem_kv + kStages * 2 * kTileBytes;  // [kStages] tiles, one a segment
   const T** smem_rows = reinterpret_cast<const T**>(smem_q + kStages * kQueryBytes);  // [2][K, V][kTileKV]
   __shared__ TileInfo smem_tiles[kStages];
   __shared__ float2 smem_states[kWarps * kWarpRows];  // (max, sum) of each warp's rows
   __shared__ RunEnd smem_run_end;
+  __shared__ Positions<kTileQ, kIsCascade ? kStages : 0>
+      smem_positions;  // by the rows of a segment's queries
 
   const int tid = threadIdx.x;
   const int lane = tid % 32;
@@ -128,13 +147,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   // The chain lengths -> offsets -> page ids -> keys is what a small batch waits for. All CTAs together ask
   // for offsets and page ids at once, so that they are in L2 when the lengths have come from DRAM.
-  constexpr int kLine = 32;  // entries of a 128-byte line
-  const i64 prefetch_entry = (static_cast<i64>(blockIdx.x) * kThreads + tid) * kLine;
-  if (prefetch_entry < num_table_entries) prefetch_l2(kv_indices + prefetch_entry);
-  if (tid < batch_size) {
-    load_early(kv_lens + tid);
-    if (kv_indptr != nullptr) load_early(kv_indptr + tid);
-  }
+  problem.template prefetch<kThreads>(num_table_entries);
   // Parameters lie in constant memory, which each SM reads in lines of 64 bytes when first used, one after
   // the other. Here that hides behind the lengths.
   touch(q_stride_token);
@@ -181,15 +194,19 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const auto found_row = [&]() {  // waits for it
     return pages_begin + strides.offset(found_page, found_token, load.kv_head);
   };
-  const u64 policy = evict_first_policy();
+  // What other query tiles read too is to stay in L2 for a while.
+  const u64 policy_once = evict_first_policy();
+  const u64 policy_shared = kIsCascade ? evict_normal_policy() : policy_once;
+  int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
   const auto copy_tile = [&](int stage, int slot) {
     constexpr int kChunks = kTileKV * Layout::kRowChunks;
     constexpr int kRowsAtOnce = kThreads / Layout::kRowChunks;
     static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
     const u32 smem_tile = smem_address_of(smem_kv) + stage * 2 * kTileBytes;
     const int num_keys = keys_left();
+    const u64 policy = kIsCascade && load.request.qo_len * group_size > kTileQ ? policy_shared : policy_once;
     if constexpr (kThreads % Layout::kRowChunks == 0) {
-      if (num_keys >= kTileKV) {
+      if (num_keys >= kTileKV && (!kIsCascade || first_seen <= load.token_begin())) {
         // The same chunk of every kRowsAtOnce-th row, at addresses with constants between them: three instructions
         // each.
         const int first_row = tid / Layout::kRowChunks;
@@ -224,7 +241,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const int row = i / Layout::kRowChunks;
         const int chunk = i % Layout::kRowChunks;
         // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
-        const bool exists = row < num_keys;
+        const bool exists = row < num_keys && (!kIsCascade || row >= first_seen - load.token_begin());
         const T* source = exists ? rows[row] + chunk * 8 : k_pages;
         cp_async_16(smem_tile + kv * kTileBytes + Layout::offset(row, chunk), source, exists, policy);
       }
@@ -235,7 +252,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
     const int first_row = load.q_tile * kTileQ;
     const int num_rows = load.request.qo_len * group_size - first_row;
-#pragma unroll
+#pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
     for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
       const int row = (tid + i * kThreads) / Layout::kRowChunks;
       const int chunk = (tid + i * kThreads) % Layout::kRowChunks;
@@ -243,9 +260,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       const bool exists = row < num_rows;
       const int token = group.divide(first_row + row);
       const int head = load.kv_head * group_size + group.modulo(first_row + row, token);
-      const T* source =
-          exists ? q + (load.request.qo_begin + token) * q_stride_token + head * q_stride_head + chunk * 8
-                 : q;
+      const T* source = exists ? q + problem.row_of(load.request.qo_begin + token) * q_stride_token +
+                                     head * q_stride_head + chunk * 8
+                               : q;
       cp_async_16(smem_tile + Layout::offset(row, chunk), source, exists);
     }
   };
@@ -254,8 +271,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   u32 q_frag[kQueriesInRegisters ? kDimSteps : 1][kRowBlocks][2];
   float acc[kDimSteps][kRowBlocks][4];
   SoftmaxState state[kRowBlocks][2];  // rows quad_col and quad_col + 1; `sum` over this thread's keys only
+  // Of a warpgroup: [kHeadDim / 8][4], see wgmma.cuh; state[0] is of rows quad_row and quad_row + 8 of the warp.
+  float wide_acc[kUsesWgmma ? kHeadDim / 2 : 1];
   const auto load_q = [&](u32(&frag)[kRowBlocks][2], int buffer, int step) {
-    const u32 address = Layout::advance(smem_address_of(smem_q) + buffer * kQueryBytes + q_offset, step);
+    const u32 address =
+        TileLayout<kHeadDim>::advance(smem_address_of(smem_q) + buffer * kQueryBytes + q_offset, step);
     if constexpr (kRowBlocks == 1) {
       ldmatrix_x2(frag[0], address);
     } else {
@@ -272,6 +292,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   // Called where a segment has ended, not where the next begins: so nothing of it is live during the merge,
   // which needs the registers.
   const auto clear = [&]() {
+    if constexpr (kUsesWgmma) {
+      for (float& x : wide_acc) x = 0.0f;
+    }
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block) {
       state[block][0] = state[block][1] = SoftmaxState();
@@ -290,8 +313,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const T* row = nullptr;
   if (has_row()) {  // the first keys are on their way into L2
     row = found_row();
+    if (!kIsCascade || window_left < 0) {  // or the pages before the window may be any
 #pragma unroll
-    for (int i = 0; i < kHeadDim * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
+      for (int i = 0; i < kHeadDim * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
+    }
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
@@ -310,10 +335,15 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       smem_rows[slot * 2 * kTileKV + tid] = row;
     }
     if (round >= 0) cp_async_wait<kStages - 2>();
+    if constexpr (kUsesWgmma) fence_async_proxy();
     __syncthreads();  // the tile has landed; the stage read last is free; the rows in `slot` are there
 
     if (!load.done()) {
       if (begins_segment) copy_queries(q_buffer);
+      if constexpr (kIsCascade) {
+        if (begins_segment && warp == 0) smem_positions.write(problem, load, q_buffer);
+        if (begins_segment && window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
+      }
       copy_tile(load_stage, slot);
       const bool ends_segment = load.ends_segment(problem);
       if (tid == 0) {
@@ -345,192 +375,331 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
     if (ends_run && tid == 0) smem_run_end.ask(ctas);
 
-    // S^T = K Q^T over the warp's own keys.
-    float s[kChains * kKeyBlocks][kRowBlocks][4];
+    // Called after S, as registers are scarce.
+    const auto last_key_of = [&](int row) { return tile.kv_len - tile.qo_len + group.divide(row); };
+    const auto last_of = [&](int row_in_tile) {  // the last key that a row sees, or where it stands
+      if constexpr (kIsCascade) {
+        return smem_positions.rows[tile.q_buffer][row_in_tile];
+      } else {
+        const int total_rows = tile.qo_len * group_size;
+        return last_key_of(min(tile.q_tile * kTileQ + row_in_tile, total_rows - 1));
+      }
+    };
+    const auto is_hidden = [&](int token, int last) {
+      if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
+      return token > last || (window_left >= 0 && token < last - window_left);
+    };
+    const auto all_seen = [&]() {  // as most tiles are by every row
+      if constexpr (kIsCascade) {
+        return smem_positions.all_see(tile.q_buffer, tile.token_begin, tile.token_begin + kTileKV - 1);
+      } else {
+        return tile.token_begin + kTileKV - 1 <= last_key_of(tile.q_tile * kTileQ) &&
+               (window_left < 0 || tile.token_begin >= last_of(kTileQ - 1) - window_left);
+      }
+    };
+    if constexpr (kUsesWgmma) {
+      // S = Q K^T
+      const u32 smem_q_tile = smem_address_of(smem_q) + tile.q_buffer * kQueryBytes;
+      float s[kTileKV / 2];  // [kTileKV / 8][4], see wgmma.cuh
+      wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < kChains * kKeyBlocks; ++n)
+      for (int step = 0; step < kDimSteps; ++step) {
+        const u32 in_blocks = step / 4 * Layout::kBlockBytes + step % 4 * 32;
+        wgmma_ss<T>(s, advance(swizzled_operand(smem_q_tile, 0), in_blocks),
+                    advance(swizzled_operand(smem_k, 0), in_blocks), step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      // To base-2 logits, with what a row must not see at -inf.
 #pragma unroll
-      for (int block = 0; block < kRowBlocks; ++block)
+      for (int i = 0; i < kTileKV / 2; ++i) s[i] *= logit_scale;
+      if (logits_soft_cap > 0.0f) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][block][i] = 0.0f;
+        for (int i = 0; i < kTileKV / 2; ++i) s[i] = soft_cap_log2 * tanh_accurate(s[i]);
+      }
+      if (!all_seen()) {
 #pragma unroll
-    for (int step = 0; step < kDimSteps; ++step) {
-      if constexpr (!kQueriesInRegisters) load_q(q_frag[0], tile.q_buffer, step);
-      const auto& q_step = q_frag[kQueriesInRegisters ? step : 0];
+        for (int half = 0; half < 2; ++half) {
+          const int last = last_of(warp * 16 + half * 8 + quad_row);
 #pragma unroll
-      for (int n = 0; n < kKeyBlocks; ++n) {
-        u32 k_frag[4];
-        ldmatrix_x4(k_frag, Layout::advance(smem_k + k_offset, step) + n * 16 * Layout::kRowBytes);
+          for (int n = 0; n < kTileKV / 8; ++n)
+#pragma unroll
+            for (int column = 0; column < 2; ++column) {
+              if (is_hidden(tile.token_begin + n * 8 + quad_col + column, last)) {
+                s[n * 4 + half * 2 + column] = neg_infinity();
+              }
+            }
+        }
+      }
+      // Online softmax. The four lanes of a quad have a row.
+      u32 p[kTileKV / 16][4];  // the A operand of each 16 keys
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        SoftmaxState& own = state[0][half];
+        float logit_max = neg_infinity();
+#pragma unroll
+        for (int n = 0; n < kTileKV / 8; ++n) {
+          logit_max = fmaxf(logit_max, fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
+        }
+        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 1));
+        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 2));
+        factor[half] = own.raise(logit_max);
+#pragma unroll
+        for (int n = 0; n < kTileKV / 8; ++n) {
+          const float x = own.weight(s[n * 4 + half * 2]);
+          const float y = own.weight(s[n * 4 + half * 2 + 1]);
+          own.sum += x + y;
+          p[n / 2][n % 2 * 2 + half] = pack2<T>(x, y);
+        }
+      }
+      if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {  // rare after the first tiles
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) wide_acc[i] *= factor[i / 2 % 2];
+      }
+      // O += P V
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kTileKV / 16; ++step) {
+        wgmma_rs<T>(wide_acc, p[step],
+                    advance(swizzled_operand(smem_v, Layout::kBlockBytes), step * 16 * kBlockRowBytes));
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+    } else {
+      // S^T = K Q^T over the warp's own keys.
+      float s[kChains * kKeyBlocks][kRowBlocks][4];
+#pragma unroll
+      for (int n = 0; n < kChains * kKeyBlocks; ++n)
+#pragma unroll
+        for (int block = 0; block < kRowBlocks; ++block)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[n][block][i] = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kDimSteps; ++step) {
+        if constexpr (!kQueriesInRegisters) load_q(q_frag[0], tile.q_buffer, step);
+        const auto& q_step = q_frag[kQueriesInRegisters ? step : 0];
+#pragma unroll
+        for (int n = 0; n < kKeyBlocks; ++n) {
+          u32 k_frag[4];
+          ldmatrix_x4(k_frag,
+                      TileLayout<kHeadDim>::advance(smem_k + k_offset, step) + n * 16 * Layout::kRowBytes);
+#pragma unroll
+          for (int block = 0; block < kRowBlocks; ++block) {
+            mma_m16n8k16<T>(s[step % kChains * kKeyBlocks + n][block], k_frag, q_step[block][0],
+                            q_step[block][1]);
+          }
+        }
+      }
+      if constexpr (kChains == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[0][0][i] += s[1][0][i];
+      }
+
+      // To base-2 logits, with what a row must not see at -inf.
+#pragma unroll
+      for (int n = 0; n < kKeyBlocks; ++n)
 #pragma unroll
         for (int block = 0; block < kRowBlocks; ++block) {
-          mma_m16n8k16<T>(s[step % kChains * kKeyBlocks + n][block], k_frag, q_step[block][0],
-                          q_step[block][1]);
-        }
-      }
-    }
-    if constexpr (kChains == 2) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[0][0][i] += s[1][0][i];
-    }
+          for (int i = 0; i < 4; ++i) s[n][block][i] *= logit_scale;
+          if (logits_soft_cap > 0.0f) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][block][i] = soft_cap_log2 * tanh_accurate(s[n][block][i]);
+          }
+        }
+      if (!all_seen()) {
+#pragma unroll
+        for (int block = 0; block < kRowBlocks; ++block)
+#pragma unroll
+          for (int column = 0; column < 2; ++column) {
+            const int row_in_tile = warp_q * kWarpRows + block * 8 + quad_col + column;
+            const int last = last_of(row_in_tile);
+#pragma unroll
+            for (int n = 0; n < kKeyBlocks; ++n)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int token = tile.token_begin + warp_kv * kKeysPerWarp + n * 16 + half * 8 + quad_row;
+                if (is_hidden(token, last)) s[n][block][half * 2 + column] = neg_infinity();
+              }
+          }
+      }
 
-    // To base-2 logits, with what a row must not see at -inf. Most tiles are seen whole by every row.
-    const int total_rows = tile.qo_len * group_size;
-    const int first_row = tile.q_tile * kTileQ;
-    const auto last_key_of = [&](int row) { return tile.kv_len - tile.qo_len + group.divide(row); };
-    const bool all_seen =
-        tile.token_begin + kTileKV - 1 <= last_key_of(first_row) &&
-        (window_left < 0 ||
-         tile.token_begin >= last_key_of(min(first_row + kTileQ, total_rows) - 1) - window_left);
-#pragma unroll
-    for (int n = 0; n < kKeyBlocks; ++n)
-#pragma unroll
-      for (int block = 0; block < kRowBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][block][i] *= logit_scale;
-        if (logits_soft_cap > 0.0f) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[n][block][i] = soft_cap_log2 * tanh_accurate(s[n][block][i]);
-        }
-      }
-    if (!all_seen) {
+      // Online softmax of the warp's rows, over its own keys.
+      float factor[kRowBlocks][2];
+      bool rescales = false;
 #pragma unroll
       for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const int row = first_row + warp_q * kWarpRows + block * 8 + quad_col + column;
-          const int last = last_key_of(min(row, total_rows - 1));
+          float logit_max = neg_infinity();
+#pragma unroll
+          for (int n = 0; n < kKeyBlocks; ++n)
+            logit_max = fmaxf(logit_max, fmaxf(s[n][block][column], s[n][block][2 + column]));
+#pragma unroll
+          for (int delta = 4; delta < 32; delta *= 2)
+            logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, delta));
+          factor[block][column] = state[block][column].raise(logit_max);
+          rescales |= factor[block][column] != 1.0f;
 #pragma unroll
           for (int n = 0; n < kKeyBlocks; ++n)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int token = tile.token_begin + warp_kv * kKeysPerWarp + n * 16 + half * 8 + quad_row;
-              if (token > last || (window_left >= 0 && token < last - window_left)) {
-                s[n][block][half * 2 + column] = neg_infinity();
-              }
+            for (int i = column; i < 4; i += 2) {
+              s[n][block][i] = state[block][column].weight(s[n][block][i]);
+              state[block][column].sum += s[n][block][i];
             }
         }
-    }
-
-    // Online softmax of the warp's rows, over its own keys.
-    float factor[kRowBlocks][2];
-    bool rescales = false;
+      if (__any_sync(0xffffffffu, rescales)) {  // rare after a segment's first tiles
 #pragma unroll
-    for (int block = 0; block < kRowBlocks; ++block)
+        for (int step = 0; step < kDimSteps; ++step)
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        float logit_max = neg_infinity();
+          for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
-        for (int n = 0; n < kKeyBlocks; ++n)
-          logit_max = fmaxf(logit_max, fmaxf(s[n][block][column], s[n][block][2 + column]));
-#pragma unroll
-        for (int delta = 4; delta < 32; delta *= 2)
-          logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, delta));
-        factor[block][column] = state[block][column].raise(logit_max);
-        rescales |= factor[block][column] != 1.0f;
-#pragma unroll
-        for (int n = 0; n < kKeyBlocks; ++n)
-#pragma unroll
-          for (int i = column; i < 4; i += 2) {
-            s[n][block][i] = state[block][column].weight(s[n][block][i]);
-            state[block][column].sum += s[n][block][i];
-          }
+            for (int i = 0; i < 4; ++i) acc[step][block][i] *= factor[block][i % 2];
       }
-    if (__any_sync(0xffffffffu, rescales)) {  // rare after a segment's first tiles
+
+      // O^T += V^T P^T over the warp's own keys.
 #pragma unroll
-      for (int step = 0; step < kDimSteps; ++step)
+      for (int n = 0; n < kKeyBlocks; ++n) {
+        u32 p_frag[kRowBlocks][2];
 #pragma unroll
         for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[step][block][i] *= factor[block][i % 2];
-    }
-
-    // O^T += V^T P^T over the warp's own keys.
+          for (int half = 0; half < 2; ++half) {
+            p_frag[block][half] = movmatrix_trans(pack2<T>(s[n][block][half * 2], s[n][block][half * 2 + 1]));
+          }
 #pragma unroll
-    for (int n = 0; n < kKeyBlocks; ++n) {
-      u32 p_frag[kRowBlocks][2];
+        for (int step = 0; step < kDimSteps; ++step) {
+          u32 v_frag[4];
+          ldmatrix_x4_trans(
+              v_frag, TileLayout<kHeadDim>::advance(smem_v + v_offset, step) + n * 16 * Layout::kRowBytes);
 #pragma unroll
-      for (int block = 0; block < kRowBlocks; ++block)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          p_frag[block][half] = movmatrix_trans(pack2<T>(s[n][block][half * 2], s[n][block][half * 2 + 1]));
-        }
-#pragma unroll
-      for (int step = 0; step < kDimSteps; ++step) {
-        u32 v_frag[4];
-        ldmatrix_x4_trans(v_frag, Layout::advance(smem_v + v_offset, step) + n * 16 * Layout::kRowBytes);
-#pragma unroll
-        for (int block = 0; block < kRowBlocks; ++block) {
-          mma_m16n8k16<T>(acc[step][block], v_frag, p_frag[block][0], p_frag[block][1]);
+          for (int block = 0; block < kRowBlocks; ++block) {
+            mma_m16n8k16<T>(acc[step][block], v_frag, p_frag[block][0], p_frag[block][1]);
+          }
         }
       }
     }
     if (!tile.ends_segment) continue;
 
-    // --- End of a segment: the warps' states become one, which is the result or the run's partial state. ---
-#pragma unroll
-    for (int block = 0; block < kRowBlocks; ++block)
-#pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        SoftmaxState& own = state[block][column];
-#pragma unroll
-        for (int delta = 4; delta < 32; delta *= 2) own.sum += __shfl_xor_sync(0xffffffffu, own.sum, delta);
-        if (quad_row == 0) {
-          smem_states[warp * kWarpRows + block * 8 + quad_col + column] = make_float2(own.max, own.sum);
-        }
-      }
+    // --- End of a segment: its state is the result or the run's partial state. ---
     const int num_rows = tile.num_rows<kTileQ>(group);
     const bool is_complete = tile.group.num_partials == 1;
-    if (!is_complete && tid == 0) smem_run_end.add(tile);
+    if (!kIsCascade && !is_complete && tid == 0) smem_run_end.add(tile);
+    const auto result_at = [&](int row, int dim) {
+      if constexpr (kIsCascade) {
+        return result_row(problem, output, tile, row, dim);
+      } else {
+        return output.row_at(tile, row, dim);
+      }
+    };
+    if constexpr (kUsesWgmma) {
+      // Each warp's rows through the place of the tile, so that a loop can write whole rows. A quad stores pairs of
+      // columns of 8 rows: XOR spreads them over all banks.
+      __syncthreads();  // all warps are done with the tile
+      float* own_rows = smem_scratch + warp * 16 * kHeadDim;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      __syncthreads();  // all warps are done with the tile, or with the rows before
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int block = 0; block < kPassBlocks; ++block)
-#pragma unroll
-        for (int step = 0; step < kDimSteps; ++step)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            // scratch_at(row, step * 16 + i / 2 * 8 + quad_row), from one register
-            const int begin = scratch_at(warp * kPassRows + quad_col, quad_row);
-            const int dim = step * 16 + i / 2 * 8;
-            const int in_row = Layout::kSwizzled ? (begin ^ dim % 32) + dim / 32 * 32 : begin + dim;
-            smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] =
-                acc[step][pass * kPassBlocks + block][i];
-          }
-      __syncthreads();
-      constexpr u32 kVecs = kHeadDim / 4;
-      const int pass_row = pass * kPassRows;
-      const u32 num_vecs = max(min(num_rows - pass_row, kPassRows * kWarpsQ), 0) * kVecs;
-#pragma unroll 1
-      for (u32 i = tid; i < num_vecs; i += kThreads) {
-        const u32 row = i / kVecs;
-        const u32 dim = i % kVecs * 4;
-        // A warp's is kWarpRows, or of what is in the scratch memory kPassRows, after the last one's.
-        const u32 first_warp = row / kPassRows * kWarpsKV;
-        const float2* states = smem_states + first_warp * kWarpRows + pass_row + row % kPassRows;
-        const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + row % kPassRows, dim);
-        float2 theirs[kWarpsKV];
-        SoftmaxState merged;
-#pragma unroll
-        for (int w = 0; w < kWarpsKV; ++w) {
-          theirs[w] = states[w * kWarpRows];
-          merged.max = fmaxf(merged.max, theirs[w].x);
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          const int row = half * 8 + quad_row;
+          *reinterpret_cast<float2*>(own_rows + row * kHeadDim + (n * 8 ^ row % 4 * 8) + quad_col) =
+              make_float2(wide_acc[n * 4 + half * 2], wide_acc[n * 4 + half * 2 + 1]);
         }
-        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      float2 stats[2];  // 1 / sum and lse of rows quad_row and quad_row + 8
 #pragma unroll
-        for (int w = 0; w < kWarpsKV; ++w) {
-          static_assert(kPassRows % 8 == 0, "swizzled as the first warp's");
-          const float weight = merged.weight(theirs[w].x);
-          const float4 x = *reinterpret_cast<const float4*>(rows + w * kPassRows * kScratchRow);
-          merged.sum += weight * theirs[w].y;
-          value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z, value.w += weight * x.w;
-        }
-        const float inverse = merged.inverse_sum();
+      for (int half = 0; half < 2; ++half) {
+        SoftmaxState& own = state[0][half];
+        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
+        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
+        stats[half] = make_float2(own.inverse_sum(), own.lse_log2());
+      }
+      __syncwarp();
+      constexpr int kLanes = kHeadDim / 4;  // of a row
+      const int dim = lane % kLanes * 4;
+      const int end_row = min(num_rows - warp * 16, 16);
+#pragma unroll 2
+      for (int row = lane / kLanes; row - lane / kLanes < end_row; row += 32 / kLanes) {
+        const float inverse = __shfl_sync(0xffffffffu, row < 8 ? stats[0].x : stats[1].x, row % 8 * 4);
+        const float lse_log2 = __shfl_sync(0xffffffffu, row < 8 ? stats[0].y : stats[1].y, row % 8 * 4);
+        float4 value = *reinterpret_cast<const float4*>(own_rows + row * kHeadDim + (dim ^ row % 4 * 8));
         value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
+        if (row >= end_row) continue;
         if (is_complete) {
-          output.write(tile, pass_row + row, dim, value, merged.lse_log2());
+          const auto target = result_at(warp * 16 + row, dim);
+          target.write(0, value);
+          target.write_lse(lse_log2);
         } else {
-          partials.write(tile.slot, pass_row + row, dim, value, merged.lse_log2());
+          partials.write(tile.state_row + warp * 16 + row, dim, value, lse_log2);
+        }
+      }
+    } else {
+      // The warps' states become one.
+#pragma unroll
+      for (int block = 0; block < kRowBlocks; ++block)
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          SoftmaxState& own = state[block][column];
+#pragma unroll
+          for (int delta = 4; delta < 32; delta *= 2) own.sum += __shfl_xor_sync(0xffffffffu, own.sum, delta);
+          if (quad_row == 0) {
+            smem_states[warp * kWarpRows + block * 8 + quad_col + column] = make_float2(own.max, own.sum);
+          }
+        }
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        __syncthreads();  // all warps are done with the tile, or with the rows before
+#pragma unroll
+        for (int block = 0; block < kPassBlocks; ++block)
+#pragma unroll
+          for (int step = 0; step < kDimSteps; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              // scratch_at(row, step * 16 + i / 2 * 8 + quad_row), from one register
+              const int begin = scratch_at(warp * kPassRows + quad_col, quad_row);
+              const int dim = step * 16 + i / 2 * 8;
+              const int in_row = Layout::kSwizzled ? (begin ^ dim % 32) + dim / 32 * 32 : begin + dim;
+              smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] =
+                  acc[step][pass * kPassBlocks + block][i];
+            }
+        __syncthreads();
+        constexpr u32 kVecs = kHeadDim / 4;
+        const int pass_row = pass * kPassRows;
+        const u32 num_vecs = max(min(num_rows - pass_row, kPassRows * kWarpsQ), 0) * kVecs;
+#pragma unroll 1
+        for (u32 i = tid; i < num_vecs; i += kThreads) {
+          const u32 row = i / kVecs;
+          const u32 dim = i % kVecs * 4;
+          // A warp's is kWarpRows, or of what is in the scratch memory kPassRows, after the last one's.
+          const u32 first_warp = row / kPassRows * kWarpsKV;
+          const float2* states = smem_states + first_warp * kWarpRows + pass_row + row % kPassRows;
+          const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + row % kPassRows, dim);
+          float2 theirs[kWarpsKV];
+          SoftmaxState merged;
+#pragma unroll
+          for (int w = 0; w < kWarpsKV; ++w) {
+            theirs[w] = states[w * kWarpRows];
+            merged.max = fmaxf(merged.max, theirs[w].x);
+          }
+          float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+          for (int w = 0; w < kWarpsKV; ++w) {
+            static_assert(kPassRows % 8 == 0, "swizzled as the first warp's");
+            const float weight = merged.weight(theirs[w].x);
+            const float4 x = *reinterpret_cast<const float4*>(rows + w * kPassRows * kScratchRow);
+            merged.sum += weight * theirs[w].y;
+            value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z,
+                value.w += weight * x.w;
+          }
+          const float inverse = merged.inverse_sum();
+          value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
+          if (is_complete) {
+            const auto target = result_at(pass_row + row, dim);
+            target.write(0, value);
+            target.write_lse(merged.lse_log2());
+          } else {
+            partials.write(tile.state_row + pass_row + row, dim, value, merged.lse_log2());
+          }
         }
       }
     }
@@ -538,14 +707,24 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     // would lose 1% by it.
     if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
-        tile.slot + 1 == tile.group.first + tile.group.num_partials) {
+        tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the scratch memory is free again
       merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_scratch);
     }
     clear();
   }
 
-  smem_run_end.merge<kThreads, kFixedSplits>(ctas, partials, output, reinterpret_cast<float*>(smem_kv));
+  float* smem_scratch = reinterpret_cast<float*>(smem_kv);
+  if constexpr (kIsCascade) {
+    if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition, 0, 0);
+    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, smem_scratch);
+    });
+  } else {
+    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+      merge_share<kThreads, kFixedSplits>(partials, output, share, smem_scratch);
+    });
+  }
 }
 
 }  // namespace cupyattn

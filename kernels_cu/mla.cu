@@ -13,6 +13,7 @@
 // What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
 // A row of the tile is (query token, query head): row = token * num_heads + head.
 
+#include "cupyattn/cascade.cuh"
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/launch.cuh"
@@ -31,8 +32,8 @@ constexpr int kKpeDim = 64;
 
 // Starts the copies of kCount chunks of each row of a tile, from chunk kFirst on, to where the rows' parts are.
 template <int kThreads, int kRows, int kFirst, int kCount, typename T>
-__device__ __forceinline__ void copy_part(u32 smem_tile, const T* const* rows, int num_rows, const T* any,
-                                          u64 policy) {
+__device__ __forceinline__ void copy_part(u32 smem_tile, const T* const* rows, int first_row, int num_rows,
+                                          const T* any, u64 policy) {
   using Layout = TileLayout<kCkvDim + kKpeDim>;
   constexpr int kRowsAtOnce = kThreads / kCount;
   static_assert(kThreads % kCount == 0, "a thread copies the same chunk of every row");
@@ -42,7 +43,7 @@ __device__ __forceinline__ void copy_part(u32 smem_tile, const T* const* rows, i
     const int row = first + threadIdx.x / kCount;
     if (kRows % kRowsAtOnce != 0 && row >= kRows) break;
     // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
-    const bool exists = row < num_rows;
+    const bool exists = row < num_rows && row >= first_row;
     cp_async_16(smem_tile + Layout::offset(row, kFirst + chunk), exists ? rows[row] + chunk * 8 : any, exists,
                 policy);
   }
@@ -50,7 +51,7 @@ __device__ __forceinline__ void copy_part(u32 smem_tile, const T* const* rows, i
 
 // clang-format off
 template <typename T, int kWarpsQ, int kRowBlocks, int kWarpsD, int kTileKV, int kStages, int kQueryBuffers,
-          bool kFixedSplits>
+          bool kFixedSplits, typename... Cascade>
 __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     mla_kernel(const T* __restrict__ q_ckv,        // [num_tokens, num_qo_heads, 512], strided
                const T* __restrict__ q_kpe,        // [num_tokens, num_qo_heads, 64], strided
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                int max_splits,                     // that the workspace has slots for
                int window_left,                    // -1: unbounded
                float sm_scale,
-               float logits_soft_cap) {            // 0: none
+               float logits_soft_cap,              // 0: none
+               const __grid_constant__ Cascade... cascade) {  // as decode.cu
   // clang-format on
   constexpr int kDim = kCkvDim + kKpeDim;
   constexpr int kThreads = 32 * kWarpsQ * kWarpsD;
@@ -93,20 +95,29 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   static_assert(kKeySteps * kDimSplits == kWarpsD && 4 % kDimSplits == 0, "S is cut into equal parts");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one ckv or one kpe row");
   static_assert(kThreads % (kCkvDim / 8) == 0 && kStages >= 2);
+  constexpr bool kIsCascade = sizeof...(Cascade) > 0;
+  static_assert(!kIsCascade || !kFixedSplits);
   using Layout = TileLayout<kDim>;
   static_assert(Layout::kSwizzled, "16-byte chunks of each 128 bytes are swizzled among themselves");
 
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
-  const Problem problem{PageTable{kv_indptr, kv_indices, table_row_stride},
-                        qo_indptr,
-                        kv_lens,
-                        batch_size,
-                        1,
-                        heads,
-                        window_left,
-                        split_shift,
-                        max_splits};
+  extern __shared__ __align__(128) unsigned char smem[];
+  const auto problem = [&]() {
+    if constexpr (kIsCascade) {
+      return cascade_problem(departures, smem, 1, heads, window_left, cascade...);
+    } else {
+      return Problem{PageTable{kv_indptr, kv_indices, table_row_stride},
+                     qo_indptr,
+                     kv_lens,
+                     batch_size,
+                     1,
+                     heads,
+                     window_left,
+                     split_shift,
+                     max_splits};
+    }
+  }();
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
   const Partials<kCkvDim, kTileQ> partials{partial_out, partial_lse};
@@ -123,7 +134,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   constexpr int kPassRows =
       16 * kScratchRow * 4 <= kTileBytes ? 16 : 8;  // results that a tile's place has room for
   static_assert(kPassRows * kScratchRow * 4 <= kTileBytes);
-  extern __shared__ __align__(128) unsigned char smem[];
   unsigned char* smem_kv = smem;                           // [kStages] tiles
   unsigned char* smem_q = smem_kv + kStages * kTileBytes;  // [kQueryBuffers] tiles, one a segment
   float* smem_logits =
@@ -134,6 +144,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   __shared__ bool smem_exists[kStages];   // or nothing was copied in that round
   __shared__ float2 smem_states[kTileQ];  // of a segment that ends: 1 / sum and lse of each row
   __shared__ RunEnd smem_run_end;
+  __shared__ Positions<kTileQ, kIsCascade ? kQueryBuffers : 0>
+      smem_positions;  // by the rows of a segment's queries
 
   const int tid = threadIdx.x;
   const int lane = tid % 32;
@@ -146,13 +158,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const int quad_col = lane % 4 * 2;         // 2t of mma.cuh
 
   // As in decode.cu: offsets and page ids are in L2 when the lengths have come from DRAM.
-  constexpr int kLine = 32;  // entries of a 128-byte line
-  const i64 prefetch_entry = (static_cast<i64>(blockIdx.x) * kThreads + tid) * kLine;
-  if (prefetch_entry < num_table_entries) prefetch_l2(kv_indices + prefetch_entry);
-  if (tid < batch_size) {
-    load_early(kv_lens + tid);
-    if (kv_indptr != nullptr) load_early(kv_indptr + tid);
-  }
+  problem.template prefetch<kThreads>(num_table_entries);
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
   touch(lse_stride_head);
@@ -183,13 +189,16 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     return finds_kpe ? kpe_pages + kpe_strides.offset(found_page, found_token, 0)
                      : ckv_pages + ckv_strides.offset(found_page, found_token, 0);
   };
+  int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
   const auto copy_tile = [&](int stage, int slot) {
-    const u64 policy = evict_first_policy();
+    const u64 policy = kIsCascade && load.request.qo_len * num_qo_heads > kTileQ ? evict_normal_policy()
+                                                                                 : evict_first_policy();
     const u32 smem_tile = smem_address_of(smem_kv) + stage * kTileBytes;
+    const int first_row = kIsCascade ? first_seen - load.token_begin() : 0;
     const T* const* rows = smem_rows + slot * 2 * kTileKV;
-    copy_part<kThreads, kTileKV, 0, kCkvDim / 8>(smem_tile, rows, keys_left(), ckv_pages, policy);
-    copy_part<kThreads, kTileKV, kCkvDim / 8, kKpeDim / 8>(smem_tile, rows + kTileKV, keys_left(), ckv_pages,
-                                                           policy);
+    copy_part<kThreads, kTileKV, 0, kCkvDim / 8>(smem_tile, rows, first_row, keys_left(), ckv_pages, policy);
+    copy_part<kThreads, kTileKV, kCkvDim / 8, kKpeDim / 8>(smem_tile, rows + kTileKV, first_row, keys_left(),
+                                                           ckv_pages, policy);
   };
   const auto copy_queries = [&](int buffer) {
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
@@ -203,7 +212,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
         const bool exists = row < num_rows;
         const int token_in_request = heads.divide(first_row + row);
         const int head = heads.modulo(first_row + row, token_in_request);
-        const i64 token = load.request.qo_begin + token_in_request;
+        const i64 token = problem.row_of(load.request.qo_begin + (exists ? token_in_request : 0));
         const T* source = begin + token * stride_token + head * stride_head + chunk * 8;
         cp_async_16(smem_tile + Layout::offset(row, first_chunk + chunk), exists ? source : q_ckv, exists);
       }
@@ -237,7 +246,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   if (tid < 2) smem_run_end.clear();
   find_row();
   partition.number_ctas();
-  if (has_row()) {  // the first keys are on their way into L2
+  if (has_row() && (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
     const char* row = reinterpret_cast<const char*>(found_row());
 #pragma unroll
     for (int i = 0; i < kCkvDim * 2; i += 128) {
@@ -268,6 +277,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
       if (begins_segment) {
         copy_queries(q_buffer);
         ++segments_ahead;
+      }
+      if constexpr (kIsCascade) {
+        if (begins_segment && warp == 0) smem_positions.write(problem, load, q_buffer);
+        if (begins_segment && window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
       }
       copy_tile(load_stage, slot);
       const bool ends_segment = load.ends_segment(problem);
@@ -330,10 +343,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     const int total_rows = tile.qo_len * num_qo_heads;
     const int first_row = tile.q_tile * kTileQ;
     const auto last_key_of = [&](int row) { return tile.kv_len - tile.qo_len + heads.divide(row); };
-    const bool all_seen =
-        tile.token_begin + kTileKV - 1 <= last_key_of(first_row) &&
-        (window_left < 0 ||
-         tile.token_begin >= last_key_of(min(first_row + kTileQ, total_rows) - 1) - window_left);
+    bool all_seen;
+    if constexpr (kIsCascade) {
+      all_seen = smem_positions.all_see(tile.q_buffer, tile.token_begin, tile.token_begin + kTileKV - 1);
+    } else {
+      all_seen = tile.token_begin + kTileKV - 1 <= last_key_of(first_row) &&
+                 (window_left < 0 ||
+                  tile.token_begin >= last_key_of(min(first_row + kTileQ, total_rows) - 1) - window_left);
+    }
     u32 p_frag[kRowBlocks][kKeySteps][4];
     float factor[kRowBlocks][2];
     bool rescales = false;
@@ -362,9 +379,15 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!all_seen) {
-          const int row = first_row + warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
-          const int last = last_key_of(min(row, total_rows - 1));
+          const int row_in_tile = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
+          int last;  // or where the row stands
+          if constexpr (kIsCascade) {
+            last = smem_positions.rows[tile.q_buffer][row_in_tile];
+          } else {
+            last = last_key_of(min(first_row + row_in_tile, total_rows - 1));
+          }
           const auto is_hidden = [&](int token) {
+            if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
             return token > last || (window_left >= 0 && token < last - window_left);
           };
 #pragma unroll
@@ -467,23 +490,37 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
         x.x *= inverse_and_lse.x, x.y *= inverse_and_lse.x, x.z *= inverse_and_lse.x,
             x.w *= inverse_and_lse.x;
         if (is_complete) {
-          output.write(tile, pass_row + i / kVecs, dim, x, inverse_and_lse.y);
+          if constexpr (kIsCascade) {
+            write_result(problem, output, tile, pass_row + i / kVecs, dim, x, inverse_and_lse.y);
+          } else {
+            output.write(tile, pass_row + i / kVecs, dim, x, inverse_and_lse.y);
+          }
         } else {
-          partials.write(tile.slot, pass_row + i / kVecs, dim, x, inverse_and_lse.y);
+          partials.write(tile.state_row + pass_row + i / kVecs, dim, x, inverse_and_lse.y);
         }
       }
     }
-    if (!is_complete && tid == 0) smem_run_end.add(tile);
+    if (!kIsCascade && !is_complete && tid == 0) smem_run_end.add(tile);
     // Page ids that L1 keeps take room from copies under way, see decode.cu.
     if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
-        tile.slot + 1 == tile.group.first + tile.group.num_partials) {
+        tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the logits have been read
       merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_logits);
     }
     clear();
   }
-  smem_run_end.merge<kThreads, kFixedSplits>(ctas, partials, output, smem_logits);
+  if constexpr (kIsCascade) {
+    if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition, 0, 0);
+    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share,
+                                    reinterpret_cast<float*>(smem));
+    });
+  } else {
+    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+      merge_share<kThreads, kFixedSplits>(partials, output, share, smem_logits);
+    });
+  }
 }
 
 }  // namespace cupyattn

@@ -22,6 +22,7 @@
 // A row of the query tile is (query token, query head): row = token * num_heads + head.
 
 #include "cupyattn/barrier.cuh"
+#include "cupyattn/cascade.cuh"
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/launch.cuh"
@@ -38,14 +39,24 @@ namespace cupyattn {
 
 // A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. Copies,
 // because what a call gets by reference is in memory, and read there again after every asm statement.
-template <int kThreads, typename Ctas, typename Slots, typename Results>
-__device__ __noinline__ void merge_apart(RunEnd& run_end, const Ctas& ctas_in_memory,
+template <int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots, typename Results>
+__device__ __noinline__ void merge_apart(RunEnd& run_end, const Problem& problem_in_memory,
+                                         const Partition& partition_in_memory, const Ctas& ctas_in_memory,
                                          const Slots& partials_in_memory, const Results& output_in_memory,
                                          float* scratch) {
   const Ctas ctas = ctas_in_memory;
   const Slots partials = partials_in_memory;
   const Results output = output_in_memory;
-  run_end.merge<kThreads, false>(ctas, partials, output, scratch);
+  if constexpr (Problem::kIsCascade) {
+    const Problem problem = problem_in_memory;
+    const Partition partition = partition_in_memory;
+    run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, scratch);
+    });
+  } else {
+    run_end.merge<kThreads>(
+        ctas, [&](const TileInfo& share) { merge_share<kThreads, false>(partials, output, share, scratch); });
+  }
 }
 
 // A place in the ring of tiles, and the parity of its barriers' phase.
@@ -78,7 +89,7 @@ struct TileNote {
 };
 
 // clang-format off
-template <typename T, int kTileQ>
+template <typename T, int kTileQ, typename... Cascade>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     mla_sm90_kernel(const T* __restrict__ q_ckv,        // [num_tokens, num_qo_heads, 512], strided
                     const T* __restrict__ q_kpe,        // [num_tokens, num_qo_heads, 64], strided
@@ -109,7 +120,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
                     int max_splits,
                     int window_left,                    // -1: unbounded
                     float sm_scale,
-                    float logits_soft_cap) {            // 0: none
+                    float logits_soft_cap,              // 0: none
+                    const __grid_constant__ Cascade... cascade) {  // as decode.cu
   // clang-format on
   constexpr int kCkvDim = 512;
   constexpr int kKpeDim = 64;
@@ -144,24 +156,40 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
-  const Problem problem{PageTable{kv_indptr, kv_indices, table_row_stride},
-                        qo_indptr,
-                        kv_lens,
-                        batch_size,
-                        1,
-                        heads,
-                        window_left,
-                        split_shift,
-                        max_splits};
+  constexpr bool kIsCascade = sizeof...(Cascade) > 0;
+  extern __shared__ __align__(1024) unsigned char smem_q[];  // blocks are aligned to 1024 bytes
+  const auto make_problem = [&]() {
+    if constexpr (kIsCascade) {
+      return cascade_problem(departures, smem_q, 1, heads, window_left, cascade...);
+    } else {
+      return Problem{PageTable{kv_indptr, kv_indices, table_row_stride},
+                     qo_indptr,
+                     kv_lens,
+                     batch_size,
+                     1,
+                     heads,
+                     window_left,
+                     split_shift,
+                     max_splits};
+    }
+  };
+  const auto problem = make_problem();
+  // Where the states of this CTA's half of the columns begin, of a cascade's.
+  const auto first_state_row = [&]() {
+    if constexpr (kIsCascade) {
+      return cluster_rank() * (problem.levels.num_slot_rows + problem.levels.num_levels * problem.num_rows());
+    } else {
+      return 0;
+    }
+  };
   // Functions: what has an address, for a call to read, is in memory everywhere.
-  using Slots = Partials<kColumns, kTileQ, (kTileQ < kRows)>;
+  using Slots = Partials<kColumns, kTileQ, (kTileQ < kRows || kIsCascade)>;
   const auto slots = [&]() { return Slots{partial_out, partial_lse}; };
   const auto results = [&]() {
     return Output<T, kTileQ>{out,  lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head,
                              heads};
   };
 
-  extern __shared__ __align__(1024) unsigned char smem_q[];     // blocks are aligned to 1024 bytes
   unsigned char* smem_kv = smem_q + kRowGroups * kQTileBytes;   // [kStages] tiles
   unsigned char* smem_logits = smem_kv + kStages * kTileBytes;  // [kConsumerWarps][kLogits / 4][32] float4
   unsigned char* smem_staging = smem_logits + kConsumerWarps * kLogitsBytes;  // with kRowGroups == 2
@@ -169,6 +197,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   __shared__ u32 smem_notes[kStages];  // TileNote
   __shared__ RunEnd smem_run_end;
   __shared__ Partition smem_partition;
+  // Of a cascade's segment that the producer is at, and of tiles that not all rows see all of.
+  __shared__ Positions<kTileQ, kIsCascade ? 1 : 0> smem_positions;
+  __shared__ int smem_tile_positions[kIsCascade ? kStages * kTileQ : 1];
   __shared__ __align__(8) u64 smem_barriers[2 * kStages + 1 + 2 * kConsumerWarps];
   const auto full_at = [&](int stage) { return smem_address_of(smem_barriers + stage); };
   const auto empty_at = [&](int stage) { return smem_address_of(smem_barriers + kStages + stage); };
@@ -180,13 +211,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   const int warp = __shfl_sync(0xffffffffu, tid / 32, 0);  // so the compiler knows it the same for all
 
   // As in decode.cu: offsets and page ids are in L2 when the lengths have come from DRAM.
-  constexpr int kLine = 32;  // entries of a 128-byte line
-  const i64 prefetch_entry = (static_cast<i64>(blockIdx.x) * kThreads + tid) * kLine;
-  if (prefetch_entry < num_table_entries) prefetch_l2(kv_indices + prefetch_entry);
-  if (tid < batch_size) {
-    load_early(kv_lens + tid);
-    if (kv_indptr != nullptr) load_early(kv_indptr + tid);
-  }
+  problem.template prefetch<kThreads>(num_table_entries);
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
   touch(lse_stride_head);
@@ -206,7 +231,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   if (tid < 2) smem_run_end.clear();
   cluster_arrive_relaxed();
 
-  Cursor<kTileKV, kTileQ, false, true> load;
+  Cursor<kTileKV, kTileQ, false, !kIsCascade> load;
   Partition partition;
   const bool has_run = begin_run<kThreads>(problem, load, partition, blockIdx.x / 2, gridDim.x / 2);
   partition.number_ctas();
@@ -259,9 +284,19 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       const auto last_key_of = [&](int row) {
         return load.request.kv_len - load.request.qo_len + heads.divide(row);
       };
-      const bool all_seen =
-          first_token + kTileKV - 1 <= last_key_of(first_row) &&
-          (window_left < 0 || first_token >= last_key_of(first_row + num_rows - 1) - window_left);
+      bool all_seen;
+      if constexpr (kIsCascade) {
+        if (begins_segment) smem_positions.write(problem, load, 0);
+        __syncwarp();
+        all_seen = smem_positions.all_see(0, first_token, first_token + kTileKV - 1);
+        for (int row = lane; row < kTileQ && !all_seen; row += 32) {
+          smem_tile_positions[stage * kTileQ + row] = smem_positions.rows[0][row];
+        }
+        __syncwarp();
+      } else {
+        all_seen = first_token + kTileKV - 1 <= last_key_of(first_row) &&
+                   (window_left < 0 || first_token >= last_key_of(first_row + num_rows - 1) - window_left);
+      }
       const TileNote note(num_rows, all_seen, min(load.request.num_tiles() - load.tile, run_left), run_left,
                           begins_segment);
       if (lane == 0) smem_notes[stage] = note.bits;
@@ -269,14 +304,19 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       TileInfo tile =
           TileInfo::of<Slots::kRowLines>(load, problem, smem_partition, begins_segment, ends_segment, 0);
       // A CTA's half of the columns has slots of its own.
-      const int first_slot = cluster_rank() * 2 * (gridDim.x / 2);
       tile.first_column = cluster_rank() * kColumns;
-      tile.group.first += first_slot;
-      tile.slot += first_slot;
+      if constexpr (kIsCascade) {
+        tile.state_row += first_state_row();
+      } else {
+        const int first_slot = cluster_rank() * 2 * (gridDim.x / 2);
+        tile.group.first += first_slot;
+        tile.state_row += first_slot * kTileQ;
+      }
       if (lane == 0) smem_tiles[stage] = tile;
     };
     find_row();
-    if (lane % 16 < min(keys_left() - first_row, kWarpRows)) {  // the first keys are on their way into L2
+    if (lane % 16 < min(keys_left() - first_row, kWarpRows) &&
+        (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
       const char* row = reinterpret_cast<const char*>(found_row());
 #pragma unroll 1
       for (int i = 0; i < (lane < 16 ? kColumns : kKpeColumns) * 2; i += 128) prefetch_l2(row + i);
@@ -285,6 +325,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     // Not earlier: the next kernel may rely on all before us having finished once we have.
     launch_dependents();
     bool begins_segment = true;
+    int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
     u32 q_parity = 1;
     RingPlace<kStages> place{0, 0};
 #pragma unroll 1
@@ -292,12 +333,20 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       const u64 row_address = found_row();
       const int num_keys = keys_left() - first_row;  // of the warp's rows on
       const u32 smem_tile = smem_address_of(smem_kv) + place.stage * kTileBytes;
-      const u64 policy = reads_once ? evict_first_policy() : evict_normal_policy();
+      const bool reads_this_once = kIsCascade ? load.request.qo_len * num_qo_heads <= kTileQ : reads_once;
+      const u64 policy = reads_this_once ? evict_first_policy() : evict_normal_policy();
+      if constexpr (kIsCascade) {
+        if (begins_segment && window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
+      }
+      const auto is_read = [&](int row) {
+        return row < num_keys &&
+               (!kIsCascade || window_left < 0 || load.token_begin() + first_row + row >= first_seen);
+      };
       // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
 #pragma unroll
       for (int i = 0; i < kWarpRows; i += 4) {  // eight lanes a row, 128 bytes at once
         const int row = i + lane / 8;
-        const bool exists = row < num_keys;
+        const bool exists = is_read(row);
         const T* source =
             reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, row_address, row)) + lane % 8 * 8;
         if (!exists) source = ckv_pages;
@@ -311,7 +360,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       for (int i = 0; i < kWarpRows; i += 8) {  // four lanes a row
         const int row = i + lane / 4;
         const T* source = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, row_address, 16 + row % 16));
-        const bool exists = row < num_keys;
+        const bool exists = is_read(row);
         if (row < kWarpRows) {
           cp_async_16(smem_tile + kBlocks * kBlockBytes + half_block_offset(first_row + row, lane % 4),
                       exists ? source + lane % 4 * 8 : ckv_pages, exists, policy);
@@ -326,7 +375,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         const int own_row = first_q_row + min(first + lane, num_rows - 1);
         const int token_in_request = heads.divide(own_row);
         const int head = heads.modulo(own_row, token_in_request);
-        const i64 token = load.request.qo_begin + token_in_request;
+        const i64 token = problem.row_of(load.request.qo_begin + token_in_request);
         const int rank = cluster_rank();
         const u64 ckv_row = reinterpret_cast<u64>(q_ckv + token * q_ckv_stride_token +
                                                   head * q_ckv_stride_head + rank * kColumns);
@@ -397,12 +446,12 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          wgmma_m64n48k16<T>(s, advance(q_operand, block * kQBlockBytes + step * 32),
-                             advance(k_operand, block * kBlockBytes + step * 32), block + step > 0);
+          wgmma_ss<T>(s, advance(q_operand, block * kQBlockBytes + step * 32),
+                      advance(k_operand, block * kBlockBytes + step * 32), block + step > 0);
         }
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        wgmma_m64n48k16<T>(s, advance(q_half_operand, step * 32), advance(k_half_operand, step * 32), true);
+        wgmma_ss<T>(s, advance(q_half_operand, step * 32), advance(k_half_operand, step * 32), true);
       }
       wgmma_commit();
     };
@@ -500,13 +549,24 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
           const int quad_col = lane_id() % 4 * 2;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int last = last_key_of(min(first_row + warp_row + half * 8 + quad_row, total_rows - 1));
+            const int row_in_tile = warp_row + half * 8 + quad_row;
+            int last;  // or where the row stands
+            if constexpr (kIsCascade) {
+              // Beyond kTileQ are rows of zeros.
+              last = smem_tile_positions[place.stage * kTileQ + min(row_in_tile, kTileQ - 1)];
+            } else {
+              last = last_key_of(min(first_row + row_in_tile, total_rows - 1));
+            }
+            const auto is_hidden = [&](int token) {
+              if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
+              return token > last || (window_left >= 0 && token < last - window_left);
+            };
 #pragma unroll
             for (int n = 0; n < kTileKV / 8; ++n)
 #pragma unroll
               for (int column = 0; column < 2; ++column) {
                 const int token = tile.token_begin + n * 8 + quad_col + column;
-                if (token > last || (window_left >= 0 && token < last - window_left)) {
+                if (is_hidden(token)) {
                   logits[n * 4 + half * 2 + column] = neg_infinity();
                 }
               }
@@ -570,7 +630,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kTileKV / 16; ++step) {
-        wgmma_m64n256k16<T>(acc, p[step], advance(v_operand, step * 16 * kBlockRowBytes));
+        wgmma_rs<T>(acc, p[step], advance(v_operand, step * 16 * kBlockRowBytes));
       }
       wgmma_commit();
       if (!kOverlaps) wgmma_wait<0>();
@@ -596,13 +656,21 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
         const int quad_col = lane % 4 * 2;
         const auto output = results();
         const auto partials = slots();
+        const auto result_at = [&](int row) {
+          if constexpr (kIsCascade) {
+            return result_row(problem, output, last, row, 0);
+          } else {
+            return output.row_at(last, row, 0);
+          }
+        };
         if constexpr (kRowGroups == 2) {
           // A quad has pairs of columns: through shared memory, half a warp writes 64 next to each other.
           float* staging = reinterpret_cast<float*>(smem_staging + warp * kStagingBytes);
           if (warp_row < num_rows) {
             const int own_row = min(warp_row + lane % 16, num_rows - 1);  // a lane finds a row
-            const u64 own_target = is_complete ? reinterpret_cast<u64>(output.row_at(last, own_row, 0).out)
-                                               : reinterpret_cast<u64>(partials.row_at(last.slot, own_row));
+            const u64 own_target = is_complete
+                                       ? reinterpret_cast<u64>(result_at(own_row).out)
+                                       : reinterpret_cast<u64>(partials.row_at(last.state_row + own_row));
             const int column_bytes = is_complete ? sizeof(T) : sizeof(float);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -637,7 +705,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
               }
               const int row = warp_row + half * 8 + quad_row;
               if (is_complete && quad_col == 0 && row < num_rows) {
-                output.row_at(last, row, 0).write_lse(state[half].lse_log2());
+                result_at(row).write_lse(state[half].lse_log2());
               }
             }
             if (!is_complete) {
@@ -646,8 +714,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
                 const int row = warp_row + half * 8 + quad_row;
-                if (row < num_rows) {
-                  partials.write_flag(last.slot, row, quad_col * 32, state[half].lse_log2());
+                for (int dim = quad_col / 2 * partials.kLineDims; dim < kColumns && row < num_rows;
+                     dim += 4 * partials.kLineDims) {
+                  partials.write_flag(last.state_row + row, dim, state[half].lse_log2());
                 }
               }
             }
@@ -720,11 +789,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
               second_weight *= merged.inverse_sum();
               lse_log2 = merged.lse_log2();
               if (is_complete) {
-                const auto result = output.row_at(last, row, 0);
+                const auto result = result_at(row);
                 target = reinterpret_cast<u64>(result.out);
                 if (row_thread == 0) result.write_lse(lse_log2);
               } else {
-                target = reinterpret_cast<u64>(partials.row_at(last.slot, row));
+                target = reinterpret_cast<u64>(partials.row_at(last.state_row + row));
               }
             }
 #pragma unroll 2
@@ -741,7 +810,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
               } else {
                 partials.write4(reinterpret_cast<float*>(target) + column + in_row, x);
                 if (partials.kHasWordFlags && row_thread % 4 == 0) {
-                  partials.write_flag(last.slot, row, column + in_row, lse_log2);
+                  partials.write_flag(last.state_row + row, column + in_row, lse_log2);
                 }
               }
             }
@@ -751,13 +820,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
             if (!is_complete) {
               fence_acq_rel();  // flags after what they stand for, of all threads
               for (int line = row_thread; line < partials.kRowLines && row < num_rows; line += row_threads) {
-                partials.write_flag(last.slot, row, line * partials.kLineDims, lse_log2);
+                partials.write_flag(last.state_row + row, line * partials.kLineDims, lse_log2);
               }
               sync();
             }
           }
         }
-        if (!is_complete && segment_left == 1 && lane == 0 && warp == (kRowGroups == 1 ? group * 4 : 0)) {
+        if (!kIsCascade && !is_complete && segment_left == 1 && lane == 0 &&
+            warp == (kRowGroups == 1 ? group * 4 : 0)) {
           smem_run_end.add(last);
         }
         state[0] = state[1] = SoftmaxState();
@@ -775,7 +845,14 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     wgmma_wait<0>();  // there is nothing: for ptxas
   }
   cluster_arrive();
-  merge_apart<kConsumers>(smem_run_end, ctas(), slots(), results(), reinterpret_cast<float*>(smem_q));
+  if constexpr (kIsCascade) {
+    if (tid == 0) {
+      smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition, cluster_rank() * kColumns,
+                             first_state_row());
+    }
+  }
+  merge_apart<kConsumers, kTileKV>(smem_run_end, make_problem(), smem_partition, ctas(), slots(), results(),
+                                   reinterpret_cast<float*>(smem_q));
   cluster_wait();
 }
 

@@ -495,34 +495,44 @@ extern "C" __global__ void hog(long long num_clocks) {  // all of an SM that a b
 """
 
 
-def check_where_another_kernel_holds_the_sms(
-    gpu: ModuleType, problem: Problem, fixed_split_size: int | None, num_free: int = 1
-) -> None:
-    """CTAs that end before all have started must not wait for those that cannot start: the bits are the same.
+def beside_another_kernel(gpu: ModuleType, launch: Callable[[], Any], num_free: int = 1) -> Iterator[bool]:
+    """Launch while another kernel holds all SMs but `num_free`, then half, then an eighth of them.
 
-    At first `num_free` SMs are left. (A cluster of two CTAs cannot start before two of one GPC are free.)
+    Says each time whether the launch ended before that kernel did. (A cluster of two CTAs cannot start before two
+    SMs of one GPC are free.)
     """
     properties = gpu.cuda.runtime.getDeviceProperties(gpu.cuda.runtime.getDevice())
     num_sms, shared = properties["multiProcessorCount"], properties["sharedMemPerBlockOptin"]
     hog = gpu.RawKernel(_HOG, "hog")
     hog.max_dynamic_shared_size_bytes = shared
+    streams = [unused_stream(gpu), unused_stream(gpu)]
+    for held in (num_sms - num_free, num_sms // 2, num_sms // 8):
+        gpu.cuda.Device().synchronize()
+        with streams[0]:
+            hog((held,), (32,), (np.int64(50_000_000),), shared_mem=shared)  # 25 to 30 ms
+        with streams[1]:
+            launch()
+        streams[1].synchronize()
+        nobody_waited = not streams[0].done
+        gpu.cuda.Device().synchronize()
+        yield nobody_waited
+
+
+def check_where_another_kernel_holds_the_sms(
+    gpu: ModuleType, problem: Problem, fixed_split_size: int | None, num_free: int = 1
+) -> None:
+    """CTAs that end before all have started must not wait for those that cannot start: the bits are the same."""
     operands = problem.q, problem.cache, problem.pages
     mode: dict[str, Any] = {"fixed_split_size": fixed_split_size}
     workspace = cupyattn.decode_workspace(num_bytes=cupyattn.decode_workspace_bytes(*operands, **mode))
     mode["workspace"] = workspace
     expected = decode_bytes(problem, **mode)
-    streams = [unused_stream(gpu), unused_stream(gpu)]
-    for held in (num_sms - num_free, num_sms // 2, num_sms // 8):
-        out = poison(gpu.empty(problem.out_shape, problem.q.dtype))
-        lse = gpu.empty(problem.q.shape[:2], np.float32)
-        gpu.cuda.Device().synchronize()
-        with streams[0]:
-            hog((held,), (32,), (np.int64(50_000_000),), shared_mem=shared)  # 25 to 30 ms
-        with streams[1]:
-            problem.call(problem.decode, out=out, lse=lse, **mode)
-        streams[1].synchronize()
-        nobody_waited = not streams[0].done
-        gpu.cuda.Device().synchronize()
+    out = poison(gpu.empty(problem.out_shape, problem.q.dtype))
+    lse = gpu.empty(problem.q.shape[:2], np.float32)
+    for nobody_waited in beside_another_kernel(
+        gpu, lambda: problem.call(problem.decode, out=out, lse=lse, **mode), num_free
+    ):
         assert nobody_waited
         assert to_host(out).tobytes() + to_host(lse).tobytes() == expected
         assert is_zeroed(workspace)
+        poison(out)

@@ -1,7 +1,8 @@
-"""Hypothesis strategies for problems: they draw arguments of `build_problem`, which print and shrink well."""
+"""Hypothesis strategies for problems: they draw arguments of `build_problem` and its like, which print and shrink."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from hypothesis import strategies as st
@@ -71,6 +72,48 @@ def mla_arguments(
         "num_heads": draw(st.sampled_from(num_heads)),
         "ckv_dim": ckv_dim,
         "kpe_dim": kpe_dim,
+    }
+
+
+@st.composite
+def cascade_arguments(
+    draw: st.DrawFn,
+    *,
+    mla: bool = False,
+    max_requests: int = 7,
+    max_shared: int = 4,
+    **limits: Any,
+) -> dict[str, Any]:
+    """Arguments of `build_cascade`; `limits` as for `problem_arguments` or `mla_arguments`."""
+    arguments = draw(mla_arguments(**limits) if mla else problem_arguments(**limits))
+    for name in ("kv_lens", "qo_lens", "dense"):
+        del arguments[name]
+    max_len, max_qo_len = limits.get("max_len", 200), limits.get("max_qo_len", 8)
+    length = st.one_of(st.just(0), st.integers(0, max_len), st.integers(0, max_len), st.integers(1, 3))
+    batch = draw(st.integers(0, max_requests))
+
+    shared = []
+    for _ in range(draw(st.one_of(st.integers(0, max_shared), st.just(7)))):
+        cuts = sorted(draw(st.lists(st.integers(0, batch), max_size=5)))
+        if draw(st.booleans()):  # every request is in a group
+            cuts = [0, *cuts, batch]
+        sizes = [b - a for a, b in itertools.pairwise(cuts)]
+        lens = draw(st.lists(length, min_size=len(sizes), max_size=len(sizes)))
+        shared.append((sizes, lens, cuts[0] if cuts else 0))
+
+    ragged, permuted = draw(st.booleans()), draw(st.booleans())
+    qo_len = st.one_of(st.just(1), st.integers(0, max_qo_len))
+    num_levels = len(shared) + 1
+    return arguments | {
+        "own_lens": draw(st.lists(length, min_size=batch, max_size=batch)),
+        "shared": shared,
+        "qo_lens": draw(st.lists(qo_len, min_size=batch, max_size=batch)) if ragged else None,
+        "dense": draw(st.lists(st.booleans(), min_size=num_levels, max_size=num_levels)),
+        "one_table": draw(st.booleans()),
+        "permuted": permuted,
+        "padding": draw(st.integers(0, 3)) if ragged or permuted else 0,
+        "lead": draw(st.sampled_from((0, 0, 2))) if ragged else 0,
+        "mla": mla,
     }
 
 

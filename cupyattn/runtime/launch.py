@@ -424,6 +424,11 @@ class Kernel:
         cupy.cuda.runtime.setDevice(self.device)
         cupy.cuda.runtime.free(0)
 
+    @property
+    def max_dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory that a block can have."""
+        return device_properties(self.device).max_shared_per_block - self.build.resources.static_smem
+
     def set_max_shared(self, nbytes: int) -> None:
         """Allow launches with `nbytes` of dynamic shared memory; `prepare` and `launch` do it by themselves.
 
@@ -434,7 +439,7 @@ class Kernel:
         """
         if nbytes <= self._max_shared:
             return
-        limit = device_properties(self.device).max_shared_per_block - self.build.resources.static_smem
+        limit = self.max_dynamic_shared
         if nbytes > limit:
             raise ValueError(f"{self}: the device has {limit} bytes of dynamic shared memory, not {nbytes}")
         with self._lock:

@@ -95,24 +95,23 @@ struct Partials {
   float* out;       // [num_slots, kTileQ, kHeadDim]
   float* lse_log2;  // [num_slots, kTileQ, kRowLines]: the row's, once a line
 
-  __device__ __forceinline__ float4* line_at(int slot, int line) const {
-    return reinterpret_cast<float4*>(out +
-                                     (static_cast<i64>(slot) * (kTileQ * kRowLines) + line) * kLineDims);
+  // Lines are counted over all slots: up to 2^31, of 64 bytes or more.
+  __device__ __forceinline__ float4* line_at(int line) const {
+    return reinterpret_cast<float4*>(out + static_cast<i64>(line) * kLineDims);
   }
-  __device__ __forceinline__ float* lse_at(int slot, int line) const {
-    return lse_log2 + static_cast<i64>(slot) * (kTileQ * kRowLines) + line;
+  __device__ __forceinline__ float* lse_at(int line) const { return lse_log2 + line; }
+  __device__ __forceinline__ int line_of(int slot, int line) const {
+    return slot * (kTileQ * kRowLines) + line;
   }
-  __device__ __forceinline__ float* row_at(int slot, int row) const {
-    return reinterpret_cast<float*>(line_at(slot, row * kRowLines));
+  __device__ __forceinline__ float* row_at(int row) const { return out + static_cast<i64>(row) * kHeadDim; }
+  __device__ __forceinline__ float* lse_at_row(int row, int dim) const {
+    return lse_log2 + static_cast<i64>(row) * kRowLines + dim / kLineDims;
   }
 
-  // Four columns of a row from `dim` on; without kWordFlags, its flags come later.
-  __device__ __forceinline__ void write(int slot, int row, int dim, const float4& x,
-                                        float row_lse_log2) const {
-    write4(row_at(slot, row) + dim, x);
-    if (kWordFlags && dim % kLineDims == 0) {
-      store_relaxed(lse_at(slot, row * kRowLines + dim / kLineDims), never_zero_bits(row_lse_log2));
-    }
+  // Four columns of a row from `dim` on; without kWordFlags, its flags come later. Rows are counted over all slots.
+  __device__ __forceinline__ void write(int row, int dim, const float4& x, float row_lse_log2) const {
+    write4(row_at(row) + dim, x);
+    if (kWordFlags && dim % kLineDims == 0) write_flag(row, dim, row_lse_log2);
   }
 
   // The same in steps. First, in a row:
@@ -123,8 +122,8 @@ struct Partials {
     store_relaxed(reinterpret_cast<float4*>(target), x);
   }
   // Then each line's lse; without kWordFlags, after a barrier of those who have written the line and fence_acq_rel.
-  __device__ __forceinline__ void write_flag(int slot, int row, int dim, float row_lse_log2) const {
-    store_relaxed(lse_at(slot, row * kRowLines + dim / kLineDims), never_zero_bits(row_lse_log2));
+  __device__ __forceinline__ void write_flag(int row, int dim, float row_lse_log2) const {
+    store_relaxed(lse_at_row(row, dim), never_zero_bits(row_lse_log2));
   }
 };
 
@@ -224,42 +223,78 @@ struct Departures {
   }
 };
 
+// The states of a group as merge_lines asks for them, line by line.
+template <typename Partials>
+struct GroupStates {
+  // Whether a line is set back to zero as soon as it has been read, or when the result has been written.
+  static constexpr bool kClearsAtOnce = false;
+
+  const Partials& partials;
+  const GroupSlots& group;
+
+  // As many times four lanes as share the states of a line, in powers of two: four lanes take four states, eight if
+  // there are many.
+  __device__ __forceinline__ int parts_log2() const {
+    return group.num_partials <= 4 ? 0 : min(30 - __clz(group.num_partials - 1), 3);
+  }
+  // To a line of the group; false if nothing is to be done for it.
+  __device__ __forceinline__ bool enter(int line, bool exists) { return exists; }
+  // States of that line, and of any line of the warp at most.
+  __device__ __forceinline__ int count() const { return group.num_partials; }
+  __device__ __forceinline__ int most() const { return group.num_partials; }
+  // Where states begin, begin + step, ... have the line, for `line_at` to say of each; those that do not exist are taken
+  // for the last one. Here it is found anew each time, which takes no registers.
+  struct Lines {
+    int begin, step, line;
+  };
+  template <int kCount>
+  __device__ __forceinline__ Lines find_lines(int begin, int step, int line) const {
+    return {begin, step, line};
+  }
+  __device__ __forceinline__ int line_at(const Lines& lines, int i) const {
+    const int state = min(lines.begin + i * lines.step, group.num_partials - 1);
+    return partials.line_of(group.slot(state), lines.line);
+  }
+};
+
 constexpr int kHotPolls = 4;        // then other CTAs' copies come first
 constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
 
-// Merges lines `line` .. `end_line` - 1 of all states of a group, and clears them; threads 0 .. kThreads - 1 call it.
-// `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
-// once. `scratch`: shared memory, 24 floats a warp.
+// Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; threads 0 .. kThreads - 1
+// call it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight
+// states at once. `scratch`: shared memory, 24 floats a warp.
 // `find(row, dim)` says where four columns of the result go (Output::Row).
-template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename Find>
-__device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials,
-                                            const GroupSlots& group, bool wide, int line, int end_line,
-                                            float* scratch, const Find& find) {
+template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename States, typename Find>
+__device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials, States states,
+                                            bool wide, int line, int end_line, float* scratch,
+                                            const Find& find) {
   constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int num_states = group.num_partials;
-  // Four lanes take four states, eight if there are many; then so many times four lanes share the states of a line,
-  // and a warp has as many lines at once as there is room for.
-  const int parts_log2 = num_states <= 4 ? 0 : min(30 - __clz(num_states - 1), 3);
+  // A warp has as many lines at once as there is room for.
+  const int parts_log2 = states.parts_log2();
   const int stride = wide ? 8 * kWarps : 1 << parts_log2;
   const int part = threadIdx.x / 4 & (stride - 1);
   const int lines_at_once = wide ? 1 : kWarps * 8 >> parts_log2;
 #pragma unroll 1
   for (line += wide ? 0 : threadIdx.x / 4 >> parts_log2;; line += lines_at_once) {
     // Lanes beyond the last line help to read it, and write nothing.
-    const bool exists = line < end_line;
+    bool exists = line < end_line;
     if (!__any_sync(0xffffffffu, exists)) break;
     const int own_line = min(line, end_line - 1);
+    exists = states.enter(own_line, exists);
+    const int num_states = states.count();
     auto target = find(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4);
     pin(target.out), pin(target.lse);  // not when all is there
     SoftmaxState state;
     float4 acc = {};
 #pragma unroll 1
-    for (int begin = part; begin - part < num_states; begin += kInFlight * stride) {
+    for (int begin = part; begin - part < states.most(); begin += kInFlight * stride) {
       float lse[kInFlight];
       float4 value[kInFlight];
+      const auto lines = states.template find_lines<kInFlight>(begin, stride, own_line);
+      const auto line_of = [&](int j) { return states.line_at(lines, j); };  // of none, weighs 0
 #pragma unroll 1
       for (int polls = 0;; ++polls) {
         bool all_there = true;
@@ -269,18 +304,15 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
           const bool any = begin - part + first * stride < num_states;
 #pragma unroll
           for (int j = first; j < first + 4; ++j) {
-            // States that do not exist are read as the last one, and weigh 0.
-            const int slot = group.slot(min(begin + j * stride, num_states - 1));
             lse[j] = neg_infinity();
             value[j] = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
-            if (any) lse[j] = load_relaxed(partials.lse_at(slot, own_line));
-            if (any) value[j] = load_relaxed(partials.line_at(slot, own_line) + lane % 4);
+            if (any) lse[j] = load_relaxed(partials.lse_at(line_of(j)));
+            if (any) value[j] = load_relaxed(partials.line_at(line_of(j)) + lane % 4);
           }
         }
 #pragma unroll
         for (int j = 0; j < kInFlight; ++j) {
-          if (!is_there(lse[j]))
-            missing = partials.lse_at(group.slot(min(begin + j * stride, num_states - 1)), own_line);
+          if (!is_there(lse[j])) missing = partials.lse_at(line_of(j));
           all_there &= is_there(lse[j]) && is_there(value[j].x) && is_there(value[j].y) &&
                        is_there(value[j].z) && is_there(value[j].w);
         }
@@ -294,6 +326,14 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
           }
         }
         __syncwarp();
+      }
+      if (States::kClearsAtOnce && exists) {
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          if (begin + j * stride >= num_states) break;
+          store_relaxed(partials.line_at(line_of(j)) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+          if (lane % 4 == 0) store_relaxed(partials.lse_at(line_of(j)), 0.0f);
+        }
       }
       float lse_max = neg_infinity();
 #pragma unroll
@@ -347,12 +387,12 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
     }
     // All who read the line have what they need.
     __syncwarp();
-    if (exists) {
+    if (!States::kClearsAtOnce && exists) {
 #pragma unroll 1
       for (int j = part; j < num_states; j += stride) {
-        const int slot = group.slot(j);
-        store_relaxed(partials.line_at(slot, own_line) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        if (lane % 4 == 0) store_relaxed(partials.lse_at(slot, own_line), 0.0f);
+        const int at = states.line_at(states.template find_lines<1>(j, stride, own_line), 0);
+        store_relaxed(partials.line_at(at) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        if (lane % 4 == 0) store_relaxed(partials.lse_at(at), 0.0f);
       }
     }
     if (wide) sync_threads<kThreads>();  // the scratch memory is free again
@@ -372,7 +412,7 @@ __device__ __forceinline__ void add_lines(const Partials<kHeadDim, kTileQ, false
 #pragma unroll
     for (int j = 0; j < kStates; ++j) {
       const int state = begin + j * num_parts;
-      const float4* source = partials.line_at(group.slot(state), 0) + threadIdx.x % 16;
+      const float4* source = partials.line_at(partials.line_of(group.slot(state), 0)) + threadIdx.x % 16;
 #pragma unroll
       for (int l = 0; l < kLines; ++l) {
         value[l][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -410,7 +450,7 @@ __device__ __forceinline__ void merge_flagged_lines(const Partials<kHeadDim, kTi
   for (int i = threadIdx.x; i < num_lines * num_states; i += kThreads) {
     const int state = static_cast<u32>(i) / static_cast<u32>(num_lines);
     const int line = i - state * num_lines;
-    float* flag = partials.lse_at(group.slot(state), first_line + line);
+    float* flag = partials.lse_at(partials.line_of(group.slot(state), first_line + line));
     float x = load_relaxed(flag);
     for (int polls = 0; !is_there(x); ++polls) {
       if (polls > kPatience) __trap();

@@ -24,13 +24,14 @@ struct alignas(16) TileInfo {
   int first_column;  // of a row of the result: what the CTA has of it begins there
   // Where a segment ends:
   GroupSlots group;
-  int slot;  // of the group's, where the segment's state goes
+  int state_row;  // where the segment's state goes: its first row (partials.cuh)
   int num_sharers;
   int first_line;  // of the group, this CTA's to merge; no others begin at 0 than the first sharer's
   int end_line;
 
   // The tile that a cursor points at, whose segment began here or earlier.
-  template <int kRowLines, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
+  template <int kRowLines, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost,
+            typename Problem>
   static __device__ __forceinline__ TileInfo
   of(const Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& load, const Problem& problem,
      const Partition& partition, bool begins_segment, bool ends_segment, int q_buffer) {
@@ -49,7 +50,18 @@ struct alignas(16) TileInfo {
       tile.num_sharers = last_cta + 1 - first_cta;
       tile.group = kFixedSplits ? GroupSlots{group_begin, 1, num_units}
                                 : GroupSlots{2 * first_cta, 2, tile.num_sharers};
-      tile.slot = tile.group.slot(kFixedSplits ? unit : rank);
+      tile.state_row = tile.group.slot(kFixedSplits ? unit : rank) * kTileQ;
+      if constexpr (Problem::kIsCascade) {
+        // All states are merged row by row. Two stands for more: what one CTA has of a group is not all there is, but of
+        // a request that shares nothing.
+        const int level = problem.level_of(load.request_idx);
+        if (tile.num_sharers == 1 &&
+            !(problem.is_last(level) && problem.shares_nothing(load.request.qo_begin))) {
+          tile.group.num_partials = 2;
+          tile.state_row = problem.home_of(level, load.kv_head, load.request.qo_begin) + load.q_tile * kTileQ;
+        }
+        return tile;
+      }
       const int num_lines = tile.num_rows<kTileQ>(problem.group_size) * kRowLines;
       const int lines_each =
           static_cast<u32>(num_lines + tile.num_sharers - 1) / static_cast<u32>(tile.num_sharers);
@@ -97,7 +109,9 @@ struct Output {
     const int token_in_request = group_size.divide(row_in_request);
     const i64 token = tile.qo_begin + token_in_request;
     const int head = tile.kv_head * group_size.value + group_size.modulo(row_in_request, token_in_request);
-    dim += tile.first_column;
+    return row_of(token, head, dim + tile.first_column);
+  }
+  __device__ __forceinline__ Row row_of(i64 token, int head, int dim) const {
     return {out + token * stride_token + head * stride_head + dim,
             dim == 0 && lse != nullptr ? lse + token * lse_stride_token + head * lse_stride_head : nullptr};
   }
@@ -124,8 +138,8 @@ __device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ, kWo
     // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
     const int num_lines = kFixedSplits ? 1 : tile.end_line - tile.first_line;
     const bool wide = tile.group.num_partials > 64 * num_lines;
-    merge_lines<kThreads, kInFlight>(partials, tile.group, wide, tile.first_line, tile.end_line, scratch,
-                                     find);
+    const GroupStates<Partials<kHeadDim, kTileQ>> states{partials, tile.group};
+    merge_lines<kThreads, kInFlight>(partials, states, wide, tile.first_line, tile.end_line, scratch, find);
   } else {
     static_assert(!kFixedSplits);
     if (tile.first_line < tile.end_line) {
@@ -144,6 +158,19 @@ struct RunEnd {
   __device__ __forceinline__ void clear() { shared[threadIdx.x].num_sharers = 0; }
   // One thread, where a segment ends that is not all of its group.
   __device__ __forceinline__ void add(const TileInfo& tile) { shared[tile.first_line == 0] = tile; }
+  // One thread of a cascade's, instead: this CTA's lines of the whole result, whose states begin at `first_state_row`.
+  __device__ __forceinline__ void add_lines(int num_lines, const Partition& partition, int first_column,
+                                            int first_state_row) {
+    const int lines_each =
+        static_cast<u32>(num_lines + partition.num_ctas - 1) / static_cast<u32>(partition.num_ctas);
+    TileInfo share{};
+    share.first_column = first_column;
+    share.state_row = first_state_row;
+    share.num_sharers = 2;
+    share.first_line = min(partition.cta * lines_each, num_lines);
+    share.end_line = min(share.first_line + lines_each, num_lines);
+    shared[0] = share;
+  }
   // Thread 0, some time before the end.
   __device__ __forceinline__ void ask(const Departures<TileInfo>& ctas) {
     cp_async_16(smem_address_of(counts), ctas.memory, true);
@@ -151,11 +178,9 @@ struct RunEnd {
   }
 
   // Threads 0 .. kThreads - 1: this CTA's share of the groups that it has only a part of, and what CTAs that have
-  // departed left.
-  template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ, bool kWordFlags>
-  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas,
-                                        const Partials<kHeadDim, kTileQ, kWordFlags>& partials,
-                                        const Output<T, kTileQ>& output, float* scratch) {
+  // departed left; `merge_one(share)` does one.
+  template <int kThreads, typename MergeOne>
+  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas, const MergeOne& merge_one) {
     const bool asks = threadIdx.x == 0;
     if (asks) cp_async_wait<0>();
     sync_threads<kThreads>();  // the counts and the shares are there
@@ -166,15 +191,14 @@ struct RunEnd {
         num_departed = ctas.end(seen, shared);
         if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;
       }
-      sync_threads<kThreads>();
+      sync_threads<kThreads>();  // all know what is to be done
     } else if (asks) {
       ctas.end();
     }
     while (true) {
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
-        if (shared[i].num_sharers > 1)
-          merge_share<kThreads, kFixedSplits>(partials, output, shared[i], scratch);
+        if (shared[i].num_sharers > 1) merge_one(shared[i]);
       }
       if (all_there || num_departed <= 0) return;
       sync_threads<kThreads>();  // all are done with the shares

@@ -31,14 +31,18 @@
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
 #pragma once
 
+#include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
 #include "cupyattn/paged.cuh"
 #include "cupyattn/types.cuh"
 
 namespace cupyattn {
 
-// What of a step decides the work: the same on every CTA.
+// What of a step decides the work: the same on every CTA. What follows takes a cascade's too (cascade.cuh), where
+// requests are the groups of all levels.
 struct Problem {
+  static constexpr bool kIsCascade = false;
+
   PageTable pages;
   const int* qo_indptr;  // [batch_size + 1], or null: one query token a request
   const int* kv_lens;    // [batch_size]
@@ -49,6 +53,32 @@ struct Problem {
   // With fixed splits only:
   int unit_shift;  // log2 of a split's tiles
   int max_splits;  // that there is memory for
+
+  __device__ __forceinline__ void read(int b, int& qo_begin, int& qo_len, int& kv_len) const {
+    qo_begin = qo_indptr != nullptr ? qo_indptr[b] : b;
+    qo_len = qo_indptr != nullptr ? qo_indptr[b + 1] - qo_begin : 1;
+    kv_len = max(kv_lens[b], 0);
+  }
+  __device__ __forceinline__ const int* pages_of(int b) const { return pages.pages_of(b); }
+  // Asks for what begin_run reads first, and for all page ids: `num_table_entries` lie in one piece.
+  template <int kThreads>
+  __device__ __forceinline__ void prefetch(int num_table_entries) const {
+    constexpr int kLine = 32;  // entries of a 128-byte line
+    const i64 entry = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
+    if (entry < num_table_entries) prefetch_l2(pages.kv_indices + entry);
+    if (threadIdx.x < batch_size) {
+      load_early(kv_lens + threadIdx.x);
+      if (pages.kv_indptr != nullptr) load_early(pages.kv_indptr + threadIdx.x);
+    }
+  }
+  // Where a query token lies in `q` and `out`.
+  __device__ __forceinline__ int row_of(int token) const { return token; }
+  // What a cascade writes down of requests b .. end_b - 1 of this thread: each one, with its units; then, where the
+  // first of them begins on the line.
+  template <typename Request>
+  __device__ __forceinline__ void note(int b, const Request& request) const {}
+  template <typename Request>
+  __device__ __forceinline__ void place(int b, int end_b, int unit) const {}
 };
 
 // One request's share of the line.
@@ -60,20 +90,25 @@ struct Request {
   int kv_len;    // keys, the query tokens' own included
 
   __device__ __forceinline__ Request() {}
+  template <typename Problem>
   __device__ __forceinline__ Request(const Problem& problem, int b) {
-    qo_begin = problem.qo_indptr != nullptr ? problem.qo_indptr[b] : b;
-    qo_len = problem.qo_indptr != nullptr ? problem.qo_indptr[b + 1] - qo_begin : 1;
-    kv_len = max(problem.kv_lens[b], 0);
-    kv_begin = problem.window_left < 0 ? 0 : max(max(kv_len - qo_len, 0) - problem.window_left, 0);
+    problem.read(b, qo_begin, qo_len, kv_len);
+    find_begin(problem.window_left);
+  }
+  __device__ __forceinline__ void find_begin(int window_left) {
+    kv_begin = window_left < 0 ? 0 : max(max(kv_len - qo_len, 0) - window_left, 0);
   }
   // Computed where they are needed: registers are scarcer than instructions.
   __device__ __forceinline__ int num_tiles() const { return max(ceil_div(kv_len - kv_begin, kTileKV), 1); }
+  template <typename Problem>
   __device__ __forceinline__ int num_q_tiles(const Problem& problem) const {
     return ceil_div(qo_len * problem.group_size.value, kTileQ);
   }
+  template <typename Problem>
   __device__ __forceinline__ int num_units_in_group(const Problem& problem) const {
     return kFixedSplits ? (num_tiles() - 1 >> problem.unit_shift) + 1 : num_tiles();
   }
+  template <typename Problem>
   __device__ __forceinline__ int num_units(const Problem& problem) const {
     return problem.num_kv_heads * num_q_tiles(problem) * num_units_in_group(problem);
   }
@@ -132,25 +167,30 @@ struct Cursor {
 
   __device__ __forceinline__ bool done() const { return unit >= unit_end; }
   __device__ __forceinline__ int token_begin() const { return request.kv_begin + tile * kTileKV; }
+  template <typename Problem>
   __device__ __forceinline__ int unit_in_group(const Problem& problem) const {
     return kFixedSplits ? tile >> problem.unit_shift : tile;
   }
+  template <typename Problem>
   __device__ __forceinline__ bool ends_unit(const Problem& problem) const {
     return !kFixedSplits || tile + 1 == request.num_tiles() ||
            (tile + 1 & (1 << problem.unit_shift) - 1) == 0;
   }
+  template <typename Problem>
   __device__ __forceinline__ bool ends_segment(const Problem& problem) const {
     if (kFixedSplits) return ends_unit(problem);
     return tile + 1 == request.num_tiles() || unit + 1 == unit_end;
   }
 
+  template <typename Problem>
   __device__ __forceinline__ void enter(const Problem& problem, int b) {
     request_idx = b;
     request = Request<kTileKV, kTileQ, kFixedSplits>(problem, b);
-    pages = problem.pages.pages_of(b);
+    pages = problem.pages_of(b);
   }
 
   // To the next tile.
+  template <typename Problem>
   __device__ __forceinline__ void advance(const Problem& problem) {
     unit += ends_unit(problem);
     if (++tile < request.num_tiles()) return;
@@ -204,7 +244,7 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
 // begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
 // requests there is one round trip to memory. What can be known before the lengths or the sum, is.
-template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost>
+template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
 __device__ __forceinline__ bool begin_run(const Problem& problem,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
                                           Partition& partition, int cta = blockIdx.x,
@@ -243,12 +283,18 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   if (first_request < end_request) {
     cursor.enter(problem, first_request);
     add(cursor.request);
+    problem.note(first_request, cursor.request);
     by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
   }
 #pragma unroll 1
-  for (int b = first_request + 1; b < end_request; ++b) add(OneRequest(problem, b));
+  for (int b = first_request + 1; b < end_request; ++b) {
+    const OneRequest request(problem, b);
+    add(request);
+    problem.note(b, request);
+  }
   int total;
   int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, flags);
+  problem.template place<OneRequest>(first_request, end_request, end - units);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
   partition = Partition(cta, total, by_max_ctas, 1);
   bool has_more_q_tiles = kQTilesOutermost && (flags & kHasMoreQTiles) != 0;

@@ -29,4 +29,29 @@ struct TileLayout {
   }
 };
 
+// The same in blocks of 64 columns, which wgmma.cuh takes as operands.
+template <int kHeadDim, int kRows>
+struct BlockLayout {
+  static constexpr int kRowChunks = kHeadDim / 8;
+  static constexpr bool kSwizzled = true;
+  static constexpr int kRowBytes = 2 * kHeadDim;
+  static constexpr int kBlockBytes = kRows * 128;
+
+  static __device__ __forceinline__ u32 offset(int row, int chunk) {
+    return chunk / 8 * kBlockBytes + row * 128 + 16 * (chunk % 8 ^ (row & 7));
+  }
+  static __device__ __forceinline__ u32 below(u32 address, int rows) {
+    return (address ^ (rows % 8 * 16)) + rows * 128;
+  }
+};
+
+template <int kHeadDim, int kRows, bool kBlocks>
+struct LayoutOf {
+  using Type = TileLayout<kHeadDim>;
+};
+template <int kHeadDim, int kRows>
+struct LayoutOf<kHeadDim, kRows, true> {
+  using Type = BlockLayout<kHeadDim, kRows>;
+};
+
 }  // namespace cupyattn

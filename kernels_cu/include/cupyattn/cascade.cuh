@@ -1,0 +1,414 @@
+// Decode over levels of shared keys: the same line of units, runs and partial states, with another list of groups.
+//
+// A level has *nodes*: runs of query tokens, with keys that all of them see. A token's keys are those of its nodes in
+// all levels. The nodes of all levels, level by level, are what schedule.cuh calls requests, so that a prefix which 64
+// requests share is one request of 64 query tokens, whose keys are read once for a tile of rows:
+//
+//     level 0   [ 8192 keys, tokens 0 .. 63 ]         8 query heads: 8 tiles of 64 rows, each all 8192 keys
+//     level 1   [ 256 ][ 300 ][ 17 ]  ...  [ 256 ]    a request's own keys, 8 rows each
+//
+// A row's states are those of its groups in all levels, and of all CTAs that have a part of one. They stay where they
+// are written: the parts of a split group in their CTAs' slots, a group that one CTA has all of in its rows' *homes*,
+// behind the slots. At the end of the launch the CTAs share the rows of the result, and for each row merge whatever
+// states there are. Where they lie follows from the nodes' places on the line, which every CTA writes down for itself.
+// A request that shares nothing, and lies in one run, has one state, which is the result: no merge.
+#pragma once
+
+#include "cupyattn/cp_async.cuh"
+#include "cupyattn/divide.cuh"
+#include "cupyattn/launch.cuh"
+#include "cupyattn/partials.cuh"
+#include "cupyattn/run.cuh"
+#include "cupyattn/schedule.cuh"
+#include "cupyattn/types.cuh"
+
+namespace cupyattn {
+
+constexpr int kMaxLevels = 8;  // MAX_LEVELS of levels.py
+
+// What a launch is told of the levels; packed by cascade.py.
+struct Levels {
+  struct Level {
+    const int* qo_indptr;   // [num_nodes + 1]; of the last level or null: one token a node
+    const int* kv_indptr;   // [num_nodes + 1] or null
+    const int* kv_indices;  // page ids
+    const int* kv_lens;     // [num_nodes]
+    int num_nodes;
+    int table_row_stride;
+    int num_table_entries;  // of kv_indices, to prefetch
+    int first_node;         // how many there are in the levels before
+  };
+  Level levels[kMaxLevels];
+  const int* q_indices;  // [num_tokens] or null: the row of `q` and `out` of each token
+  int num_levels;
+  int num_nodes;      // of all levels
+  int num_tokens;     // that `q` has room for
+  int num_slot_rows;  // rows of states before the first home
+  u32 nodes_offset;  // where nodes are written down, in bytes: of the CTA's shared memory, or of the workspace
+  int nodes_in_shared;
+};
+
+// A node's place on the line, and what it is.
+struct alignas(16) Node {
+  int qo_begin;
+  int qo_len;  // 0 too where there are no keys, but for the last level's
+  int kv_len;
+  int first_unit;
+};
+
+// As Problem of schedule.cuh; `batch_size` counts nodes.
+struct CascadeProblem {
+  static constexpr bool kIsCascade = true;
+
+  const Levels& levels;
+  Node* nodes;  // [levels.num_nodes], in shared memory or, the same of all CTAs, in global
+  int batch_size;
+  int num_kv_heads;
+  Divisor group_size;
+  int window_left;
+  int unit_shift;  // of fixed splits, which there are none of
+  int max_splits;
+
+  __device__ __forceinline__ int level_of(int node) const {
+    int level = 0;
+    while (level + 1 < levels.num_levels && node >= levels.levels[level + 1].first_node) ++level;
+    return level;
+  }
+  __device__ __forceinline__ bool is_last(int level) const { return level + 1 == levels.num_levels; }
+
+  __device__ __forceinline__ void read(int node, int& qo_begin, int& qo_len, int& kv_len) const {
+    const int number = level_of(node);
+    const Levels::Level& level = levels.levels[number];
+    const int i = node - level.first_node;
+    qo_begin = level.qo_indptr != nullptr ? level.qo_indptr[i] : i;
+    qo_len = level.qo_indptr != nullptr ? level.qo_indptr[i + 1] - qo_begin : 1;
+    kv_len = max(level.kv_lens[i], 0);
+    // Requests keep one tile without keys, so that their rows' results are written.
+    if (kv_len == 0 && !is_last(number)) qo_len = 0;
+  }
+  __device__ __forceinline__ const int* pages_of(int node) const {
+    const Levels::Level& level = levels.levels[level_of(node)];
+    return PageTable{level.kv_indptr, level.kv_indices, level.table_row_stride}.pages_of(node -
+                                                                                         level.first_node);
+  }
+  __device__ __forceinline__ int row_of(int token) const {
+    return levels.q_indices != nullptr ? levels.q_indices[token] : token;
+  }
+
+  template <int kThreads>
+  __device__ __forceinline__ void prefetch(int) const {
+    // The launch before may still read what it has written down there.
+    if (!levels.nodes_in_shared) wait_for_predecessor();
+    constexpr int kLine = 32;  // entries of a 128-byte line
+    const i64 entry = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
+#pragma unroll 1
+    for (int i = 0; i < levels.num_levels; ++i) {
+      if (entry < levels.levels[i].num_table_entries) prefetch_l2(levels.levels[i].kv_indices + entry);
+    }
+#pragma unroll
+    for (int i = 0; i < sizeof(Levels); i += 64) touch(reinterpret_cast<const i64*>(&levels)[i / 8]);
+    if (threadIdx.x < batch_size) {
+      const Levels::Level& level = levels.levels[level_of(threadIdx.x)];
+      const int i = threadIdx.x - level.first_node;
+      load_early(level.kv_lens + i);
+      if (level.kv_indptr != nullptr) load_early(level.kv_indptr + i);
+      if (level.qo_indptr != nullptr) load_early(level.qo_indptr + i);
+    }
+  }
+
+  // See Problem; barriers follow. In global memory, where other CTAs read already, nothing is written but what stays.
+  template <typename Request>
+  __device__ __forceinline__ void note(int node, const Request& request) const {
+    if (levels.nodes_in_shared) write(node, request, request.num_units(*this));
+  }
+  template <typename Request>
+  __device__ __forceinline__ void place(int node, int end_node, int unit) const {
+#pragma unroll 1
+    for (; node < end_node; ++node) {
+      if (levels.nodes_in_shared) {
+        const int units = nodes[node].first_unit;
+        nodes[node].first_unit = unit;
+        unit += units;
+      } else {
+        const Request request(*this, node);
+        write(node, request, unit);
+        unit += request.num_units(*this);
+      }
+    }
+  }
+  template <typename Request>
+  __device__ __forceinline__ void write(int node, const Request& request, int unit) const {
+    nodes[node] = {request.qo_begin, request.qo_len, request.kv_len, unit};
+  }
+
+  // The node of a level that a token is in, or -1.
+  __device__ __forceinline__ int find(int level, int token) const {
+    const int begin = levels.levels[level].first_node;
+    int low = 0;  // the last node that begins at or before the token
+    int high = levels.levels[level].num_nodes;
+    if (levels.levels[level].qo_indptr == nullptr) return token < high ? begin + token : -1;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (nodes[begin + middle].qo_begin <= token) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    if (low >= high) return -1;
+    const Node node = nodes[begin + low];
+    return node.qo_begin <= token && token - node.qo_begin < node.qo_len ? begin + low : -1;
+  }
+
+  // Whether the token has keys in no level but the last.
+  __device__ __forceinline__ bool shares_nothing(int token) const {
+#pragma unroll 1
+    for (int level = 0; !is_last(level); ++level) {
+      if (find(level, token) >= 0) return false;
+    }
+    return true;
+  }
+
+  // The home of a token's first query head, in rows of states.
+  __device__ __forceinline__ int home_of(int level, int kv_head, int token) const {
+    return levels.num_slot_rows +
+           ((level * num_kv_heads + kv_head) * levels.num_tokens + token) * group_size.value;
+  }
+
+  // Whether rows of a node may see different keys, and not all that it has.
+  __device__ __forceinline__ bool has_masks() const {
+    return window_left >= 0 || levels.levels[levels.num_levels - 1].qo_indptr != nullptr;
+  }
+
+  // All rows of the result, of query heads.
+  __device__ __forceinline__ int num_rows() const {
+    return levels.num_tokens * num_kv_heads * group_size.value;
+  }
+
+  // Where a token stands, from the first key of its node on: behind the keys of all levels, but for its request's tokens
+  // that come after it. Of a token that sees nothing, -1.
+  template <typename OneRequest>
+  __device__ __forceinline__ int position_of(int level, const OneRequest& node, int token) const {
+    if (!has_masks()) return node.kv_len - 1;
+    int position = node.kv_len;
+    int qo_end = node.qo_begin + node.qo_len;
+#pragma unroll 1
+    for (++level; level < levels.num_levels; ++level) {
+      const int found = find(level, token);
+      if (found >= 0) {
+        position += nodes[found].kv_len;
+        qo_end = nodes[found].qo_begin + nodes[found].qo_len;
+      } else if (is_last(level)) {
+        return -1;
+      }
+    }
+    return max(position - (qo_end - token), -1);
+  }
+  // That of a row of the query tile that a cursor points at; rows that do not exist are as the last that does.
+  template <int kTileQ, typename Cursor>
+  __device__ __forceinline__ int position_of(int level, const Cursor& load, int row) const {
+    const int in_node = min(load.q_tile * kTileQ + row, load.request.qo_len * group_size.value - 1);
+    return position_of(level, load.request, load.request.qo_begin + group_size.divide(in_node));
+  }
+
+  // With a window, the first key that any row of the query tile sees. What is before it may be anything, or nothing: a
+  // tile has zeros instead. For all lanes of a warp.
+  template <int kTileQ, typename Cursor>
+  __device__ __forceinline__ int first_seen(const Cursor& load) const {
+    const int level = level_of(load.request_idx);
+    int first = 1 << 30;
+#pragma unroll 1
+    for (int row = lane_id(); row < kTileQ; row += 32) {
+      const int position = position_of<kTileQ>(level, load, row);
+      if (position >= 0) first = min(first, max(position - window_left, 0));
+    }
+    return __reduce_min_sync(0xffffffffu, first);
+  }
+  // Whether a row that stands there does not see a key of a node.
+  __device__ __forceinline__ bool is_hidden(int token, int position, int kv_len) const {
+    return token > position || token >= kv_len || (window_left >= 0 && token < position - window_left);
+  }
+};
+
+__device__ __forceinline__ CascadeProblem cascade_problem(void* workspace, void* smem, int num_kv_heads,
+                                                          const Divisor& group_size, int window_left,
+                                                          const Levels& levels) {
+  char* memory = static_cast<char*>(levels.nodes_in_shared ? smem : workspace);
+  Node* nodes = reinterpret_cast<Node*>(memory + levels.nodes_offset);
+  return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, 0, 0};
+}
+
+// In shared memory, for kBuffers segments: where each row of the query tile stands, and which keys all rows see.
+template <int kTileQ, int kBuffers>
+struct Positions {
+  int rows[kBuffers][kTileQ];
+  int2 seen[kBuffers];  // first .. last
+
+  // Lanes of one warp.
+  template <typename Cursor>
+  __device__ __forceinline__ void write(const CascadeProblem& problem, const Cursor& load, int buffer) {
+    const int level = problem.level_of(load.request_idx);
+    const int lane = lane_id();
+    int first = 0;
+    int last = load.request.kv_len - 1;
+#pragma unroll 1
+    for (int row = lane; row < kTileQ; row += 32) {
+      const int position = problem.template position_of<kTileQ>(level, load, row);
+      rows[buffer][row] = position;
+      last = min(last, position);
+      if (problem.window_left >= 0) first = max(first, position - problem.window_left);
+    }
+    first = __reduce_max_sync(0xffffffffu, first);
+    last = __reduce_min_sync(0xffffffffu, last);
+    if (lane == 0) seen[buffer] = make_int2(first, last);
+  }
+  __device__ __forceinline__ bool all_see(int buffer, int first, int last) const {
+    return seen[buffer].x <= first && last <= seen[buffer].y;
+  }
+};
+template <int kTileQ>
+struct Positions<kTileQ, 0> {};
+
+// Where a row of a request that shares nothing goes: it has its result.
+template <typename T, int kTileQ>
+__device__ __forceinline__ auto result_row(const CascadeProblem& problem, const Output<T, kTileQ>& output,
+                                           const TileInfo& tile, int row, int dim) {
+  const int in_request = tile.q_tile * kTileQ + row;
+  const int token = problem.group_size.divide(in_request);
+  const int head = tile.kv_head * problem.group_size.value + problem.group_size.modulo(in_request, token);
+  return output.row_of(problem.row_of(tile.qo_begin + token), head, dim + tile.first_column);
+}
+template <typename T, int kTileQ>
+__device__ __forceinline__ void write_result(const CascadeProblem& problem, const Output<T, kTileQ>& output,
+                                             const TileInfo& tile, int row, int dim, const float4& value,
+                                             float lse_log2) {
+  const auto target = result_row(problem, output, tile, row, dim);
+  target.write(0, value);
+  target.write_lse(lse_log2);
+}
+
+// The states of rows of the result, as merge_lines asks for them. Lines are those of all rows: (token, query head) and
+// line of the row. Where a row's states lie in each level is found by its lanes together, into shared memory.
+template <typename Partials, typename OneRequest, int kTileQ, int kWarps>
+struct RowStates {
+  // State j lies at slot_row + (j == 0 ? 1 : 2 * j) * kTileQ, as a group's first and other CTAs have slots.
+  struct Found {
+    int slot_row;
+    int num_states;
+  };
+  static constexpr bool kClearsAtOnce = true;  // finding states again costs more
+  static constexpr int kScratchBytes = kWarps * 8 * kMaxLevels * sizeof(Found);
+
+  const CascadeProblem& problem;
+  const Partition& partition;
+  Found* scratch;    // [kWarps * 8][kMaxLevels]
+  int parts;         // log2
+  int row_offset;    // of all slots and homes that are meant
+  const Found* own;  // of the line
+  int num_states;
+  int most_states;
+
+  __device__ __forceinline__ RowStates(const CascadeProblem& problem, const Partition& partition,
+                                       int row_offset, int num_lines, float* scratch)
+      : problem(problem),
+        partition(partition),
+        scratch(reinterpret_cast<Found*>(scratch)),
+        parts(min(31 - __clz(kWarps * 8 / max(num_lines, 1) | 1), 3)),
+        row_offset(row_offset) {}
+
+  __device__ __forceinline__ int parts_log2() const { return parts; }
+  __device__ __forceinline__ int count() const { return num_states; }
+  __device__ __forceinline__ int most() const { return most_states; }
+  template <int kCount>
+  struct Lines {
+    int at[kCount];
+  };
+  template <int kCount>
+  __device__ __forceinline__ Lines<kCount> find_lines(int begin, int step, int line) const {
+    Lines<kCount> lines;
+    const int in_row = static_cast<u32>(line) % Partials::kRowLines;
+    const Found* found = own;
+    int first = 0;  // state of the level
+    do {
+      const Found level = *found++;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int state = min(begin + i * step, num_states - 1) - first;
+        if (state >= 0) {
+          lines.at[i] =
+              (level.slot_row + (state == 0 ? 1 : 2 * state) * kTileQ) * Partials::kRowLines + in_row;
+        }
+      }
+      first += level.num_states;
+    } while (first < num_states);
+    return lines;
+  }
+  template <int kCount>
+  __device__ __forceinline__ int line_at(const Lines<kCount>& lines, int i) const {
+    return lines.at[i];
+  }
+
+  __device__ __forceinline__ bool enter(int line, bool exists) {
+    const int lane = threadIdx.x % 32;
+    const int team_lanes = 4 << parts;
+    Found* const all = scratch + (threadIdx.x / 32 * 8 + lane / team_lanes) * kMaxLevels;
+    const int num_levels = problem.levels.num_levels;
+    const u32 group_size = problem.group_size.value;
+    const u32 num_qo_heads = problem.num_kv_heads * group_size;
+    const u32 row = static_cast<u32>(line) / Partials::kRowLines;
+    const int token = row / num_qo_heads;
+    const u32 qo_head = row - token * num_qo_heads;
+    const int kv_head = qo_head / group_size;
+    __syncwarp();  // what was found before has been read
+    for (int level = lane % team_lanes; level < num_levels; level += team_lanes) {
+      Found found{0, 0};
+      const int index = problem.find(level, token);
+      if (index >= 0) {
+        const Node node = problem.nodes[index];
+        OneRequest request;
+        request.qo_begin = node.qo_begin, request.qo_len = node.qo_len, request.kv_len = node.kv_len;
+        request.find_begin(problem.window_left);
+        const int in_node = (token - node.qo_begin) * group_size + qo_head - kv_head * group_size;
+        const int q_tile = in_node / kTileQ;
+        const int num_units = request.num_units_in_group(problem);
+        const int first_unit =
+            node.first_unit + (kv_head * request.num_q_tiles(problem) + q_tile) * num_units;
+        const int first_cta = partition.cta_of(first_unit);
+        found.num_states = partition.cta_of(first_unit + num_units - 1) + 1 - first_cta;
+        found.slot_row = row_offset + (found.num_states == 1
+                                           ? problem.home_of(level, kv_head, node.qo_begin) + in_node - kTileQ
+                                           : 2 * first_cta * kTileQ + in_node % kTileQ);
+      }
+      all[level] = found;
+    }
+    __syncwarp();
+    own = all;
+    num_states = 0;
+    for (int level = 0; level < num_levels; ++level) num_states += all[level].num_states;
+    const int last = all[num_levels - 1].num_states;
+    // A row that is in no request is nobody's; one with a single state has its result.
+    exists = exists && last > 0 && num_states > 1;
+    if (!exists) num_states = 0;
+    most_states = __reduce_max_sync(0xffffffffu, num_states);
+    return exists;
+  }
+};
+
+// This CTA's share of the rows of the result. `scratch`: shared memory, RowStates::kScratchBytes.
+template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const Partition& partition,
+                                           const Partials<kHeadDim, kTileQ>& partials,
+                                           const Output<T, kTileQ>& output, const TileInfo& share,
+                                           float* scratch) {
+  using OneRequest = Request<kTileKV, kTileQ, false>;
+  using States = RowStates<Partials<kHeadDim, kTileQ>, OneRequest, kTileQ, kThreads / 32>;
+  const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
+  const auto find = [&](int row, int dim) {
+    const int token = static_cast<u32>(row) / num_qo_heads;
+    return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim + share.first_column);
+  };
+  const States states(problem, partition, share.state_row, share.end_line - share.first_line, scratch);
+  merge_lines<kThreads, 8>(partials, states, false, share.first_line, share.end_line, scratch, find);
+}
+
+}  // namespace cupyattn
