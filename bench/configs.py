@@ -2,7 +2,8 @@
 
 A key says everything about a row: batch, KV length (or the name of a ragged mix), query/KV heads, head_dim
 and page size, then layout and dtype where they are not NHD and bfloat16. MLA has (query) heads h and query tokens
-sq instead. Peers' figures have the same keys.
+sq instead. A cascade's key ends with the tokens that all its requests share, or, for a moment of a trace, with the
+thousands of tokens in all and of different ones. Peers' figures have the same keys.
 
 `GROUPS` names what is measured together; a row may stand in several. `GRID` is all of them, each row once.
 """
@@ -16,14 +17,17 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple
 
-AZURE, MOONCAKE = "azure_llm_conv_2023", "mooncake_conversation"
+AZURE, MOONCAKE, TOOLAGENT = "azure_llm_conv_2023", "mooncake_conversation", "mooncake_toolagent"
+BLOCK_SIZE = 512  # tokens of a block of Mooncake's traces
 TRACES = Path(__file__).resolve().parent / "traces"
 MB = 10**6
 MIB = 1 << 20
 ITEMSIZE = 2  # bfloat16 and float16
 FIXED_SPLIT_SIZE = 2048  # tokens, where the batch-invariant mode is timed
 CKV_DIM, KPE_DIM = 512, 64  # of MLA, as DeepSeek has it
+MOST_BYTES = 60 * 10**9  # of the keys and values of a row: what a GPU of 80 GB has room for
 _SUFFIX = {"bfloat16": "", "float16": " fp16"}
 
 
@@ -32,6 +36,11 @@ class _Requests:
 
     lens: tuple[int, ...]
     page_size: int
+
+    @property
+    def page_elements(self) -> int:
+        """Numbers of one page (of K, and as many of V; or of latent rows)."""
+        raise NotImplementedError
 
     @property
     def batch(self) -> int:
@@ -44,6 +53,11 @@ class _Requests:
     @property
     def num_pages(self) -> int:
         return sum(math.ceil(n / self.page_size) for n in self.lens)
+
+    @property
+    def cache_elements(self) -> int:
+        """Numbers in whole pages (of K, and as many of V; or of latent rows): what must be allocated."""
+        return self.num_pages * self.page_elements
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,12 @@ class DecodeConfig(_Requests):
             return self.name
         name = self.lens_name or f"ctx{self.lens[0]}"
         layout = "" if self.layout == "NHD" else f" {self.layout}"
-        heads = f"{self.num_qo_heads}q/{self.num_kv_heads}kv"
-        return f"b{self.batch} {name} {heads} d{self.head_dim} p{self.page_size}{layout}{_SUFFIX[self.dtype]}"
+        shape = f"{self.heads} d{self.head_dim} p{self.page_size}"
+        return f"b{self.batch} {name} {shape}{layout}{_SUFFIX[self.dtype]}"
+
+    @property
+    def heads(self) -> str:
+        return f"{self.num_qo_heads}q/{self.num_kv_heads}kv"
 
     @property
     def group_size(self) -> int:
@@ -85,14 +103,18 @@ class DecodeConfig(_Requests):
         return self.num_kv_heads, self.page_size, self.head_dim
 
     @property
-    def cache_elements(self) -> int:
-        """Elements of K (and as many of V) in whole pages: what must be allocated."""
-        return self.num_pages * self.page_size * self.num_kv_heads * self.head_dim
+    def page_elements(self) -> int:
+        return math.prod(self.page_shape)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the K and V of a token."""
+        return 2 * self.num_kv_heads * self.head_dim * ITEMSIZE
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that the step must read: tokens in use, not whole pages."""
-        return 2 * sum(self.lens) * self.num_kv_heads * self.head_dim * ITEMSIZE
+        return sum(self.lens) * self.token_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -123,8 +145,12 @@ class MLAConfig(_Requests):
     @property
     def key(self) -> str:
         name = self.lens_name or f"ctx{self.lens[0]}"
-        shape = f"h{self.num_heads} sq{self.num_query_tokens} p{self.page_size}"
+        shape = f"{self.heads} sq{self.num_query_tokens} p{self.page_size}"
         return f"b{self.batch} {name} {shape}{_SUFFIX[self.dtype]}"
+
+    @property
+    def heads(self) -> str:
+        return f"h{self.num_heads}"
 
     @property
     def num_rows(self) -> int:
@@ -132,15 +158,19 @@ class MLAConfig(_Requests):
         return self.num_heads * self.num_query_tokens
 
     @property
-    def cache_elements(self) -> int:
-        """Numbers in whole pages: what must be allocated."""
-        return self.num_pages * self.page_size * (CKV_DIM + KPE_DIM)
+    def page_elements(self) -> int:
+        return self.page_size * (CKV_DIM + KPE_DIM)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's latent row."""
+        return (CKV_DIM + KPE_DIM) * ITEMSIZE
 
     @property
     def num_bytes(self) -> int:
         """Latent rows (of tokens in use) and q read once, out written once; no page table, as for decode."""
-        q_and_out = self.batch * self.num_rows * (2 * CKV_DIM + KPE_DIM)
-        return (sum(self.lens) * (CKV_DIM + KPE_DIM) + q_and_out) * ITEMSIZE
+        q_and_out = self.batch * self.num_rows * (2 * CKV_DIM + KPE_DIM) * ITEMSIZE
+        return sum(self.lens) * self.token_bytes + q_and_out
 
     @property
     def flops(self) -> int:
@@ -151,6 +181,70 @@ class MLAConfig(_Requests):
         sq = self.num_query_tokens
         pairs = sum(sq * n - sq * (sq - 1) // 2 for n in self.lens)
         return 2 * self.num_heads * pairs * (2 * CKV_DIM + KPE_DIM)
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """One step, MLA or not, of requests that begin with the same blocks of tokens: the same pages.
+
+    `blocks` numbers the leading blocks of each request, of `block_size` tokens; blocks of the same number are the same.
+    What lies behind them is the request's own. `moment` names the trace and its row, if it is of one.
+    """
+
+    step: DecodeConfig | MLAConfig  # the same step, if all pages were a request's own
+    blocks: tuple[tuple[int, ...], ...]
+    block_size: int
+    moment: str = ""
+
+    @property
+    def key(self) -> str:
+        if not self.moment:
+            return f"{self.step.key} shared{self.block_size}"
+        tokens = sum(self.step.lens)
+        name = f"{self.moment} b{self.step.batch} {self.step.heads}"
+        return f"{name} sum{tokens // 1000}k uniq{(tokens - self.repeated_tokens) // 1000}k"
+
+    @property
+    def repeated_tokens(self) -> int:
+        """Tokens that another request has, too, counted each time but the first."""
+        numbers = [number for blocks in self.blocks for number in blocks]
+        return self.block_size * (len(numbers) - len(set(numbers)))
+
+    @property
+    def num_pages(self) -> int:
+        return self.step.num_pages - self.repeated_tokens // self.step.page_size
+
+    @property
+    def cache_elements(self) -> int:
+        """As for the step: what must be allocated."""
+        return self.num_pages * self.step.page_elements
+
+    def page_numbers(self) -> list[int]:
+        """The pages of one request after the other, numbered from 0 as they come first."""
+        page_size = self.step.page_size
+        block_pages = self.block_size // page_size
+        numbers: list[int] = []
+        first_page: dict[int, int] = {}
+        end = 0
+        for tokens, blocks in zip(self.step.lens, self.blocks, strict=True):
+            for block in blocks:
+                first = first_page.setdefault(block, end)
+                end = max(end, first + block_pages)
+                numbers += range(first, first + block_pages)
+            own = math.ceil(tokens / page_size) - len(blocks) * block_pages
+            numbers += range(end, end + own)
+            end += own
+        return numbers
+
+    @property
+    def num_bytes(self) -> int:
+        """Different keys and values, and q, read once; out written once."""
+        return self.step.num_bytes - self.repeated_tokens * self.step.token_bytes
+
+    @property
+    def flops(self) -> int:
+        """Sharing saves none."""
+        return self.step.flops
 
 
 @dataclass(frozen=True)
@@ -230,19 +324,37 @@ def ragged(name: str, lens: tuple[int, ...], qo: int, kv: int, head_dim: int = 1
     return DecodeConfig(lens, qo, kv, head_dim, lens_name=name)
 
 
+class _Request(NamedTuple):
+    input_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...]  # its leading ones that others have, too
+
+
 @functools.cache
-def _requests(trace: str) -> dict[int, tuple[int, int]]:
-    """{row of the original trace: (input tokens, output tokens)}, for the rows that the sample holds."""
+def _requests(trace: str) -> dict[int, _Request]:
+    """By row of the original trace, those that the sample holds."""
     with (TRACES / f"{trace}.csv").open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        return {int(row["row"]): (int(row["input_tokens"]), int(row["output_tokens"])) for row in rows}
+        return {
+            int(row["row"]): _Request(
+                int(row["input_tokens"]),
+                int(row["output_tokens"]),
+                tuple(map(int, row.get("blocks", "").split())),
+            )
+            for row in csv.DictReader(file)
+        }
 
 
 def running_lens(trace: str, start: int, batch: int) -> tuple[int, ...]:
     """Lengths of `batch` consecutive requests that run together, each part-way through its output."""
     progress = random.Random(0)
     requests = (_requests(trace)[row] for row in range(start, start + batch))
-    return tuple(inputs + int(progress.random() * outputs) for inputs, outputs in requests)
+    return tuple(r.input_tokens + int(progress.random() * r.output_tokens) for r in requests)
+
+
+def running_blocks(trace: str, start: int, batch: int) -> tuple[tuple[int, ...], ...]:
+    """Blocks that these requests may share: the last block of a prompt is its own, even if it is full."""
+    requests = (_requests(trace)[row] for row in range(start, start + batch))
+    return tuple(r.blocks[: (r.input_tokens - 1) // BLOCK_SIZE] for r in requests)
 
 
 def running(trace: str, start: int, batch: int, qo: int, kv: int) -> DecodeConfig:
@@ -372,7 +484,42 @@ def _mla_rows() -> list[MLAConfig]:
     return [*rows, MLAConfig(one_long, 128, lens_name="32768+15x1024")]
 
 
-Config = DecodeConfig | MLAConfig | MergeConfig | AppendConfig
+def sharing(step: DecodeConfig | MLAConfig, num_shared: int) -> CascadeConfig:
+    """All requests begin with the same `num_shared` tokens."""
+    return CascadeConfig(step, ((0,),) * step.batch, num_shared)
+
+
+def running_sharing(trace: str, start: int, step: DecodeConfig | MLAConfig) -> CascadeConfig:
+    """A moment of a trace, in the shape of `step` (whose lengths are those of `running_lens`)."""
+    blocks = running_blocks(trace, start, step.batch)
+    return CascadeConfig(step, blocks, BLOCK_SIZE, f"{trace[:18]}@{start}")
+
+
+def _cascade_rows() -> list[CascadeConfig]:
+    """One prefix for all, with earlier figures of peers or limits of their own; and moments of two traces.
+
+    Those are in the shapes of Llama 3 70B on 8 GPUs and Llama 3 8B, with 32 KV heads (as far as memory goes), and of
+    DeepSeek-V3 on 8 GPUs and on one.
+    """
+    prefixes = [(8, 4000, 128), (64, 8192, 256), (256, 2048, 128)]
+    rows = [sharing(equal(b, n + own, 8, kv), n) for kv in (1, 8) for b, n, own in prefixes]
+    rows += [
+        sharing(equal(8, 4128, 32, 8), 4000),
+        sharing(mla(128, 8704, 16), 8192),
+        sharing(mla(32, 4352, 128), 4096),
+    ]
+    moments = [(TOOLAGENT, 0, 93), (MOONCAKE, 100, 32), (MOONCAKE, 700, 128), (MOONCAKE, 3000, 512)]
+    for trace, start, batch in moments:
+        lens = running_lens(trace, start, batch)
+        heads = ((8, 1), (32, 8), (32, 32))
+        steps: list[DecodeConfig | MLAConfig] = [DecodeConfig(lens, qo, kv) for qo, kv in heads]
+        steps += [MLAConfig(lens, num_heads) for num_heads in (16, 128)]
+        rows += [running_sharing(trace, start, step) for step in steps]
+    return [row for row in rows if row.num_bytes <= MOST_BYTES]
+
+
+PagedConfig = DecodeConfig | MLAConfig | CascadeConfig
+Config = PagedConfig | MergeConfig | AppendConfig
 GROUPS: dict[str, tuple[Config, ...]] = {
     "decode": tuple(dict.fromkeys(_earlier_rows() + _shape_rows() + _twin_rows() + _ragged_rows())),
     "xformers": tuple(_xformers_rows()),
@@ -380,12 +527,15 @@ GROUPS: dict[str, tuple[Config, ...]] = {
     "heads": tuple(_heads_rows()),
     "invariant": tuple(_invariant_rows()),
     "mla": tuple(_mla_rows()),
+    "cascade": tuple(_cascade_rows()),
     "merge": (MergeConfig(2, 64, 32), MergeConfig(8, 256, 32), MergeConfig(2, 128, 128, head_dim=512)),
     "append": (AppendConfig(64, 1, 8), AppendConfig(64, 1, 8, rope=True), AppendConfig(64, 64, 8, rope=True)),
 }
 GRID: tuple[Config, ...] = tuple(dict.fromkeys(config for group in GROUPS.values() for config in group))
 DECODE_GRID = tuple(config for config in GRID if isinstance(config, DecodeConfig))
 MLA_GRID = tuple(config for config in GRID if isinstance(config, MLAConfig))
+CASCADE_GRID = tuple(config for config in GRID if isinstance(config, CascadeConfig))
+PAGED_GRID: tuple[PagedConfig, ...] = (*DECODE_GRID, *MLA_GRID, *CASCADE_GRID)
 
 # A minute's look: one row for each rule that is judged, and one of every kind of input.
 QUICK_KEYS = frozenset({
@@ -407,11 +557,25 @@ QUICK_KEYS = frozenset({
     "b32 ctx4096 h128 sq1 p64",
     "b32 ctx8192 h128 sq2 p64",
     "b16 32768+15x1024 h128 sq1 p64",
+    "b8 ctx4128 8q/1kv d128 p16 shared4000",
+    "b128 ctx8704 h16 sq1 p64 shared8192",
+    "mooncake_toolagent@0 b93 8q/1kv sum727k uniq465k",
+    "mooncake_conversat@100 b32 8q/1kv sum418k uniq402k",
     "merge n8 b256 32h d128",
     "append b64 t1 8kv d128 p16 rope",
 })  # fmt: skip
 # The row whose host time is read: so small that a call's own work is all of it.
 HOST_KEY = "b1 ctx1024 8q/1kv d128 p16"
+
+
+def step_of(config: PagedConfig) -> DecodeConfig | MLAConfig:
+    """What its requests do, whatever they share."""
+    return config.step if isinstance(config, CascadeConfig) else config
+
+
+def matmul_share(config: Config) -> float:
+    """Part of the matrix product's rate that the floor counts on."""
+    return 0.5 if isinstance(config, CascadeConfig) else 1.0
 
 
 def is_large(config: DecodeConfig) -> bool:

@@ -162,10 +162,10 @@ def line(row: Record) -> str:
         return f"{row['key']:<52} {row['error']}"
     figures = {
         name.removesuffix("_us"): row[name]
-        for name in ("cold_us", "pdl_us", "fixed_us", "warm_us", "eager_us")
+        for name in ("cold_us", "pdl_us", "fixed_us", "plain_us", "cascade_us", "warm_us", "eager_us")
         if name in row
     }
-    times = "".join(f"{name:>6}{us:>8.1f}" for name, us in figures.items())
+    times = "".join(f" {name:>5}{us:>8.1f}" for name, us in figures.items())
     return f"{row['key']:<52}{times}{row['of_roof']:>6.0%}  missed: {', '.join(row.get('missed', ())) or '-'}"
 
 

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # run as a file, Python sees bench/ only
 
 from bench import rules, timing  # noqa: E402
-from bench.configs import DECODE_GRID, FIXED_SPLIT_SIZE, GROUPS, MLA_GRID, DecodeConfig  # noqa: E402
+from bench.configs import DECODE_GRID, FIXED_SPLIT_SIZE, GROUPS, PAGED_GRID, DecodeConfig  # noqa: E402
 from bench.rules import RESULTS, Peer, Record  # noqa: E402
 
 _STYLE = {  # name: (label, marker, colour)
@@ -31,8 +31,17 @@ _STYLE = {  # name: (label, marker, colour)
     "xqa": ("TRT-LLM XQA", "2", "#cc79a7"),
     "xformers": ("xformers", "3", "#e69f00"),
 }
-_MLA_KEYS = {config.key for config in MLA_GRID}  # that may be bound by operations
-_TIMES = {"cold us": "cold_us", "PDL us": "pdl_us", "warm us": "warm_us", "eager us": "eager_us"}
+# That may be bound by operations.
+_COMPUTE_KEYS = {config.key for config in PAGED_GRID if not isinstance(config, DecodeConfig)}
+_TIMES = {
+    "cold us": "cold_us",
+    "PDL us": "pdl_us",
+    "plain us": "plain_us",
+    "forced us": "cascade_us",
+    "warm us": "warm_us",
+    "eager us": "eager_us",
+    "levels us": "levels_us",
+}
 
 _LEGEND = """\
 *floor* is the bytes that a step must move over the roof of this run, or its operations over the rate of the matrix
@@ -42,7 +51,13 @@ for callers whose kernel ahead does not write lengths and tables: a launch may b
 part of its latency is hidden behind work that is not its own); *warm* a graph over one input; *eager* a Python loop,
 wall clock. The columns from *must* on hold a row's value for each rule: **bold** is missed, plain is met,
 empty is a row of which the rule does not speak. *paged* is judged by its mean only. Rules are stated for head_dim 64,
-128 and 256 and groups of 1, 4, 7, 8 and 16; rows outside are judged too."""
+128 and 256 and groups of 1, 4, 7, 8 and 16; rows outside are judged too.
+
+Of cascades, *MB* counts once what requests share, and *floor* is these bytes over the roof, or the operations over half
+the rate of the matrix product. *cold*, *warm* and *eager* are `cascade_decode` over the levels that `PrefixTree`
+chooses; *groups* is how many groups each level has (a single level is plain decode). *plain* is `decode` (`mla_decode`)
+over whole tables, *forced* `cascade_decode` with a group wherever two requests share a page, *levels* the host's time
+to make the levels that are chosen."""
 
 _GROUP_TEXT = {
     "decode": "Decode",
@@ -50,6 +65,7 @@ _GROUP_TEXT = {
     "trace": "Moments of request traces: the lengths of a running batch, every request with pages of its own",
     "heads": "Query heads per KV head (rows that are not above)",
     "invariant": "Rows that are timed in the batch-invariant mode too (and are not above)",
+    "cascade": "Cascades: batches that share prefixes (shared, or of sum tokens uniq different ones)",
     "mla": "Multi-head latent attention: heads (h), query tokens a request (sq), page size (p)",
     "merge": "Merging states",
     "append": "Appending to the cache",
@@ -95,7 +111,8 @@ def _cells(
         **{title: f"{row[name]:.1f}" if name in row else "" for title, name in _TIMES.items()},
         "GB/s": f"{row['gbs']:.0f}",
         "of roof": f"{row['of_roof']:.0%}",
-        "TFLOP/s": f"{row['flops'] / row['cold_us'] * 1e-6:.0f}" if row["key"] in _MLA_KEYS else "",
+        "TFLOP/s": f"{row['flops'] / row['cold_us'] * 1e-6:.0f}" if row["key"] in _COMPUTE_KEYS else "",
+        "groups": " + ".join(map(str, row.get("groups", ()))),
         "SDPA us": _named("torch-sdpa", peers),
         "FlashMLA us": _named("flashmla", peers),
         "best paged peer us": _peer(rules.fastest(peers, paged=True)),

@@ -8,7 +8,7 @@ and poisoned whatever an array package makes of bfloat16.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,13 +25,19 @@ from bench.configs import (
     HOST_KEY,
     KPE_DIM,
     AppendConfig,
+    CascadeConfig,
     Config,
     DecodeConfig,
     MergeConfig,
     MLAConfig,
+    PagedConfig,
+    matmul_share,
+    step_of,
 )
-from bench.timing import Problem, Roof, num_sets
+from bench.timing import Launch, Problem, Roof, num_sets
 from cupyattn import reference
+from cupyattn.levels import CascadeLevels
+from cupyattn.prefix import CascadeCost, PrefixLevels, PrefixTree
 
 NAN_BITS = 0x7FFF  # a NaN in bfloat16 and in float16
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -41,6 +47,7 @@ _RELATIVE = {"bfloat16": 5e-3, "float16": 1e-3}
 _ELEMENTWISE = {"bfloat16": 1e-2, "float16": 1e-3}
 _MLA_RELATIVE = {"bfloat16": 3e-3, "float16": 1e-3}
 MLA_SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions a head before folding
+_LONE_SET_BYTES = 10**10  # from here on, of one set the L2 can keep half a percent for the next launch
 
 
 def require(condition: Any, message: str) -> None:
@@ -92,10 +99,14 @@ def attention(q: Any, k: Any, v: Any, sm_scale: float) -> Any:
     return weights @ v / weights.sum(axis=1, keepdims=True)
 
 
-def chosen_requests(config: DecodeConfig | MLAConfig) -> set[int]:
-    """Those that are checked: the first, the last, the shortest and the longest."""
-    lens = np.array(config.lens)
-    return {0, config.batch - 1, int(lens.argmin()), int(lens.argmax())}
+def chosen_requests(config: PagedConfig) -> set[int]:
+    """Those that are checked: the first, the last, the shortest and the longest, and of a cascade up to eight more."""
+    step = step_of(config)
+    lens = np.array(step.lens)
+    chosen = {0, step.batch - 1, int(lens.argmin()), int(lens.argmax())}
+    if isinstance(config, CascadeConfig):
+        chosen.update(range(0, step.batch, -(-step.batch // 8)))
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,8 @@ class DecodeInputs:
     k_bits: Any  # [num_sets, num_pages, ...], the rest in the configuration's layout
     v_bits: Any
     indptr: np.ndarray  # [batch + 1]
-    indices: np.ndarray  # [num_sets, num_pages], page ids within the set
+    indices: np.ndarray  # [num_sets, indptr[-1]], page ids within the set
+    requests: set[int]  # that are checked
 
     @property
     def num_sets(self) -> int:
@@ -121,9 +133,8 @@ class DecodeInputs:
             x.reshape(-1)[: math.prod(shape)].reshape(shape) for x in (self.k_bits, self.v_bits)
         )
         pages = np.arange(config.batch + 1, dtype=np.int32)
-        return DecodeInputs(
-            config, self.q_bits, k_bits, v_bits, pages, np.tile(pages[:-1], (self.num_sets, 1))
-        )
+        indices = np.tile(pages[:-1], (self.num_sets, 1))
+        return replace(self, config=config, k_bits=k_bits, v_bits=v_bits, indptr=pages, indices=indices)
 
     def check(self, out_bits: Callable[[int], Any]) -> dict[str, float]:
         """Compares `out_bits(set)` of the first and last set with float64, for some requests and KV heads."""
@@ -132,7 +143,7 @@ class DecodeInputs:
         for one in {0, self.num_sets - 1}:
             out = out_bits(one)
             require_written(out, config.dtype)
-            for request in chosen_requests(config):
+            for request in self.requests:
                 for head in {0, config.num_kv_heads - 1}:
                     rows = slice(head * config.group_size, (head + 1) * config.group_size)
                     ref = self._reference(one, request, head, self.q_bits[one, request, rows])
@@ -158,6 +169,40 @@ def type_as(like: Any, host: np.ndarray) -> Any:
     return host if isinstance(like, np.ndarray) else timing.cupy.asarray(host)
 
 
+def _always(num_readers: int, num_tokens: int, num_qo_tokens: int) -> float:
+    """For `PrefixTree.levels`: shares wherever two requests can."""
+    return float((num_readers - 1) * num_tokens)
+
+
+@dataclass(frozen=True)
+class _Paged:
+    """Of a step over paged keys: the launches' arguments, a set each, and what they have filled."""
+
+    operands: list[tuple[Any, Any]]  # q and cache
+    pages: Sequence[Any]
+    options: list[dict[str, Any]]
+    indptr: np.ndarray  # as of `DecodeInputs`
+    indices: np.ndarray
+    out_bits: Any
+    check: Callable[[], dict[str, float]]
+
+    def launches(
+        self, call: Callable[..., Any], levels: Iterable[CascadeLevels] | None = None, **more: Any
+    ) -> list[partial[Any]]:
+        """Of each set; with its levels instead of its page table, if they are given."""
+        tables = self.pages if levels is None else levels
+        return [
+            partial(call, *operands, table, **options, **more)
+            for operands, table, options in zip(self.operands, tables, self.options, strict=True)
+        ]
+
+    def problem(self, config: PagedConfig, launches: Sequence[Launch], **more: Any) -> Problem:
+        def poison() -> None:
+            self.out_bits.fill(NAN_BITS)
+
+        return Problem(config.key, config.num_bytes, config.flops, launches, poison, self.check, **more)
+
+
 class Pool:
     """Random K and V for the rows of `configs`, on the device (`xp` is cupy) or in NumPy."""
 
@@ -171,9 +216,9 @@ class Pool:
         self.k_bits, self.v_bits = (xp.empty(max(elements, least), np.uint16) for _ in "kv")
 
     def _elements(self, config: Config) -> int:
+        if isinstance(config, PagedConfig):
+            return self._most_sets(config) * config.cache_elements
         sets = num_sets(config.num_bytes, self.l2_bytes)
-        if isinstance(config, DecodeConfig | MLAConfig):
-            return sets * config.cache_elements
         if isinstance(config, MergeConfig):
             return sets * config.num_states * config.state_elements
         per_request = math.ceil(sets * config.num_tokens / config.page_size) * config.page_size
@@ -208,20 +253,25 @@ class Pool:
         rng = np.random.default_rng(self.seed)
         return rng.permuted(np.tile(np.arange(n, dtype=np.int32), (count, 1)), axis=1)
 
-    def _num_sets(self, config: DecodeConfig | MLAConfig) -> int:
-        sets = num_sets(config.num_bytes, self.l2_bytes)
+    def _most_sets(self, config: PagedConfig) -> int:
+        return 1 if config.num_bytes >= _LONE_SET_BYTES else num_sets(config.num_bytes, self.l2_bytes)
+
+    def _num_sets(self, config: PagedConfig) -> int:
+        sets = self._most_sets(config)
         if sets == 2 and 2 * config.cache_elements > self.k_bits.size:
             return 1  # the largest rows: one set is already several times the L2
         return sets
 
     def _tables(
-        self, config: DecodeConfig | MLAConfig, sets: int
+        self, config: PagedConfig, sets: int
     ) -> tuple[np.ndarray, np.ndarray, list[cupyattn.PageTable]]:
         """`indptr` and `indices` of `DecodeInputs`, and a table of its own for every set, so that a cold launch
         finds those in HBM too."""
-        indptr = np.cumsum([0, *(math.ceil(n / config.page_size) for n in config.lens)], dtype=np.int32)
-        indices = self._permutations(sets, config.num_pages)
-        lens = np.array(config.lens, np.int32)
+        step, indices = step_of(config), self._permutations(sets, config.num_pages)
+        if isinstance(config, CascadeConfig):
+            indices = indices.take(config.page_numbers(), axis=1)  # in C order, as tables must be
+        indptr = np.cumsum([0, *(math.ceil(n / step.page_size) for n in step.lens)], dtype=np.int32)
+        lens = np.array(step.lens, np.int32)
         tables = [self.xp.asarray(x) for x in (np.tile(indptr, (sets, 1)), indices, np.tile(lens, (sets, 1)))]
         return indptr, indices, [cupyattn.PageTable(*(x[i] for x in tables)) for i in range(sets)]
 
@@ -231,87 +281,129 @@ class Pool:
             return self.decode(config)
         if isinstance(config, MLAConfig):
             return self.mla(config), None
+        if isinstance(config, CascadeConfig):
+            return self.cascade(config), None
         return (self.merge(config) if isinstance(config, MergeConfig) else self.append(config)), None
 
     def decode(self, config: DecodeConfig) -> tuple[Problem, DecodeInputs]:
-        xp, dtype = self.xp, _DTYPES[config.dtype]
-        sets = self._num_sets(config)
-        k_bits, v_bits = self._cut((sets, config.num_pages, *config.page_shape), config.dtype)
-        q_bits = self._new((sets, config.batch, config.num_qo_heads, config.head_dim), config.dtype)
-        out_bits = xp.empty_like(q_bits)
-        indptr, indices, pages = self._tables(config, sets)
-        inputs = DecodeInputs(config, q_bits, k_bits, v_bits, indptr, indices)
-        q, out, k, v = (x.view(dtype) for x in (q_bits, out_bits, k_bits, v_bits))
-        caches = [cupyattn.PagedKVCache(k[i], v[i], layout=config.layout) for i in range(sets)]
-        launches = [
-            partial(cupyattn.decode, q[i], caches[i], pages[i], sm_scale=config.head_dim**-0.5, out=out[i],
-                    workspace=self.workspace)
-            for i in range(sets)
-        ]  # fmt: skip
+        paged, inputs = self._paged_decode(config, config)
+        launches = paged.launches(cupyattn.decode, workspace=self.workspace)
         # A further way to call decode is an entry here, and a column or a table in report.py.
         variants = {"pdl_us": [partial(launch, pdl=True) for launch in launches]}
         if config in GROUPS["invariant"]:
             fixed = {"fixed_split_size": FIXED_SPLIT_SIZE}
             workspace = None
-            if xp is not np:
-                num_bytes = cupyattn.decode_workspace_bytes(q[0], caches[0], pages[0], **fixed)
+            if self.xp is not np:
+                (q, cache), pages = paged.operands[0], paged.pages[0]
+                num_bytes = cupyattn.decode_workspace_bytes(q, cache, pages, **fixed)
                 workspace = cupyattn.decode_workspace(num_bytes=num_bytes)
             variants["fixed_us"] = [partial(launch, workspace=workspace, **fixed) for launch in launches]
-        problem = Problem(
-            key=config.key,
-            num_bytes=config.num_bytes,
-            flops=config.flops,
-            launches=launches,
-            poison=lambda: out_bits.fill(NAN_BITS),
-            check=lambda: inputs.check(lambda i: out_bits[i]),
-            variants=variants,
-        )
-        return problem, inputs
+        return paged.problem(config, launches, variants=variants), inputs
 
     def mla(self, config: MLAConfig) -> Problem:
-        xp, dtype, sq = self.xp, _DTYPES[config.dtype], config.num_query_tokens
+        paged = self._paged_mla(config, config)
+        launches = paged.launches(cupyattn.mla_decode, workspace=self.workspace)
+        variants = {"pdl_us": [partial(launch, pdl=True) for launch in launches]}
+        return paged.problem(config, launches, variants=variants)
+
+    def cascade(self, config: CascadeConfig) -> Problem:
+        """The launches are those that the library chooses; beside them plain decode, and all that can be shared."""
+        step = config.step
+        plain: Callable[..., Any]
+        if isinstance(step, DecodeConfig):
+            plain, (paged, _) = cupyattn.decode, self._paged_decode(config, step)
+            cost = CascadeCost.gqa(step.num_qo_heads, step.num_kv_heads, step.head_dim)
+        else:
+            require(step.num_query_tokens == 1, "a cascade's requests have one query token each")
+            plain, paged = cupyattn.mla_decode, self._paged_mla(config, step)
+            cost = CascadeCost.mla(step.num_heads)
+        trees = []
+        for indices in paged.indices:
+            trees.append(tree := PrefixTree(step.page_size))
+            for request, kv_len in enumerate(step.lens):
+                tree.add(request, indices[paged.indptr[request] : paged.indptr[request + 1]], kv_len)
+        auto, forced = (
+            [tree.levels(choose=choose, xp=self.xp) for tree in trees] for choose in (cost, _always)
+        )
+
+        def launches(chosen: list[PrefixLevels]) -> list[partial[Any]]:
+            levels, workspace = [one.levels for one in chosen], None
+            if self.xp is not np:
+                num_bytes = cupyattn.cascade_workspace_bytes(*paged.operands[0], levels[0])
+                workspace = cupyattn.decode_workspace(num_bytes=num_bytes)
+            return paged.launches(cupyattn.cascade_decode, levels, workspace=workspace)
+
+        return paged.problem(
+            config,
+            launches(auto),
+            variants={
+                "plain_us": paged.launches(plain, workspace=self.workspace),
+                "cascade_us": launches(forced),
+            },
+            host={"levels_us": partial(trees[0].levels, choose=cost, xp=self.xp)},
+            facts={
+                "groups": [pages.batch_size for pages, _ in auto[0].levels.levels],
+                "cascade_groups": [pages.batch_size for pages, _ in forced[0].levels.levels],
+                "saving_us": round(auto[0].saving_us, 2),
+            },
+        )
+
+    def _paged_decode(
+        self, config: DecodeConfig | CascadeConfig, step: DecodeConfig
+    ) -> tuple[_Paged, DecodeInputs]:
+        """Of `step`, in the pages of `config`."""
+        dtype, sets = _DTYPES[step.dtype], self._num_sets(config)
+        k_bits, v_bits = self._cut((sets, config.num_pages, *step.page_shape), step.dtype)
+        q_bits = self._new((sets, step.batch, step.num_qo_heads, step.head_dim), step.dtype)
+        out_bits = self.xp.empty_like(q_bits)
+        indptr, indices, pages = self._tables(config, sets)
+        inputs = DecodeInputs(step, q_bits, k_bits, v_bits, indptr, indices, chosen_requests(config))
+        q, out, k, v = (x.view(dtype) for x in (q_bits, out_bits, k_bits, v_bits))
+        paged = _Paged(
+            operands=[(q[i], cupyattn.PagedKVCache(k[i], v[i], layout=step.layout)) for i in range(sets)],
+            pages=pages,
+            options=[{"sm_scale": step.head_dim**-0.5, "out": out[i]} for i in range(sets)],
+            indptr=indptr,
+            indices=indices,
+            out_bits=out_bits,
+            check=lambda: inputs.check(lambda i: out_bits[i]),
+        )
+        return paged, inputs
+
+    def _paged_mla(self, config: MLAConfig | CascadeConfig, step: MLAConfig) -> _Paged:
+        """Of `step`, in the pages of `config`."""
+        xp, dtype, sq = self.xp, _DTYPES[step.dtype], step.num_query_tokens
         sets = self._num_sets(config)
         row_dim = CKV_DIM + KPE_DIM
-        rows_bits, _ = self._cut((sets, config.num_pages, config.page_size, row_dim), config.dtype)
-        q_bits = self._new((sets, config.batch * sq, config.num_heads, row_dim), config.dtype)
+        rows_bits, _ = self._cut((sets, config.num_pages, step.page_size, row_dim), step.dtype)
+        q_bits = self._new((sets, step.batch * sq, step.num_heads, row_dim), step.dtype)
         out_bits = xp.empty((*q_bits.shape[:3], CKV_DIM), np.uint16)
         indptr, indices, pages = self._tables(config, sets)
-        qo_indptr = [None] * sets
-        if sq > 1:
-            offsets = sq * np.arange(config.batch + 1, dtype=np.int32)
-            qo_indptr = list(xp.asarray(np.tile(offsets, (sets, 1))))
         q, out, rows = (x.view(dtype) for x in (q_bits, out_bits, rows_bits))
-        launches = [
-            partial(cupyattn.mla_decode, q[i], cupyattn.PagedMLACache.from_concatenated(rows[i]), pages[i],
-                    sm_scale=MLA_SM_SCALE, qo_indptr=qo_indptr[i], out=out[i], workspace=self.workspace)
-            for i in range(sets)
-        ]  # fmt: skip
+        options: list[dict[str, Any]] = [{"sm_scale": MLA_SM_SCALE, "out": out[i]} for i in range(sets)]
+        if sq > 1:
+            offsets = sq * np.arange(step.batch + 1, dtype=np.int32)
+            for one, qo_indptr in zip(options, xp.asarray(np.tile(offsets, (sets, 1))), strict=True):
+                one["qo_indptr"] = qo_indptr
 
         def check() -> dict[str, float]:
             found = []
             for one in {0, sets - 1}:
-                require_written(out_bits[one], config.dtype)
+                require_written(out_bits[one], step.dtype)
                 for request in chosen_requests(config):
                     ids = type_as(rows_bits, indices[one, indptr[request] : indptr[request + 1]])
                     gathered = rows_bits[one].take(ids, axis=0).reshape(-1, row_dim)
-                    keys = to_float64(gathered[: config.lens[request]], config.dtype)
+                    keys = to_float64(gathered[: step.lens[request]], step.dtype)
                     for i in range(sq):
-                        token, seen = request * sq + i, keys[: config.lens[request] - (sq - 1 - i)]
-                        query = to_float64(q_bits[one, token], config.dtype)
+                        token, seen = request * sq + i, keys[: step.lens[request] - (sq - 1 - i)]
+                        query = to_float64(q_bits[one, token], step.dtype)
                         ref = attention(query, seen, seen[:, :CKV_DIM], MLA_SM_SCALE)
-                        result = to_float64(out_bits[one, token], config.dtype)
-                        found.append(errors(result, ref, config.dtype, _MLA_RELATIVE))
+                        result = to_float64(out_bits[one, token], step.dtype)
+                        found.append(errors(result, ref, step.dtype, _MLA_RELATIVE))
             return worst(found)
 
-        return Problem(
-            key=config.key,
-            num_bytes=config.num_bytes,
-            flops=config.flops,
-            launches=launches,
-            poison=lambda: out_bits.fill(NAN_BITS),
-            check=check,
-            variants={"pdl_us": [partial(launch, pdl=True) for launch in launches]},
-        )
+        operands = [(q[i], cupyattn.PagedMLACache.from_concatenated(rows[i])) for i in range(sets)]
+        return _Paged(operands, pages, options, indptr, indices, out_bits, check)
 
     def merge(self, config: MergeConfig) -> Problem:
         xp, dtype = self.xp, _DTYPES[config.dtype]
@@ -430,11 +522,12 @@ class Bench:
             with self.runner.current():
                 host_us = timing.eager_us(problem.launches, self.runner.stream, calls=200, wait=False)
             figures["host_us"] = round(host_us, 2)
-        floor_us = self.roof.floor_us(problem.num_bytes, problem.flops)
+        floor_us = self.roof.floor_us(problem.num_bytes, problem.flops, matmul_share(config))
         row = {
             "key": config.key,
             "num_bytes": problem.num_bytes,
             "flops": problem.flops,
+            **problem.facts,
             **figures,
             "of_roof": round(figures["gbs"] / self.roof.read_gbs, 4),
             "floor_us": round(floor_us, 2),

@@ -16,7 +16,19 @@ from types import UnionType
 from typing import Any, NamedTuple
 
 from bench import timing
-from bench.configs import DECODE_GRID, MB, MLA_GRID, DecodeConfig, MLAConfig, is_large, is_latency
+from bench.configs import (
+    MB,
+    MOONCAKE,
+    PAGED_GRID,
+    TOOLAGENT,
+    CascadeConfig,
+    DecodeConfig,
+    MLAConfig,
+    PagedConfig,
+    is_large,
+    is_latency,
+    matmul_share,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Record = dict[str, Any]
@@ -51,7 +63,7 @@ def fastest(peers: Iterable[Peer], paged: bool = False) -> Peer | None:
 
 @dataclass(frozen=True)
 class Case:
-    """A decode row that was timed, MLA or not, with all that a rule may look at."""
+    """A decode row that was timed, MLA, cascade or neither, with all that a rule may look at."""
 
     row: Record
     config: Any  # of the class that the rule speaks of
@@ -65,7 +77,7 @@ class Case:
 
     @property
     def floor_us(self) -> float:
-        return self.roof.floor_us(self.config.num_bytes, self.config.flops)
+        return self.roof.floor_us(self.config.num_bytes, self.config.flops, matmul_share(self.config))
 
     @property
     def of_roof(self) -> float:
@@ -85,6 +97,10 @@ class Case:
         found = [peer.us for peer in self.peers if peer.name == "torch-sdpa" and peer.same_run]
         return self.us / found[0] if found else None
 
+    def over_variant(self, name: str) -> float | None:
+        """Time over that of another way to launch the same."""
+        return self.us / self.row[name] if name in self.row else None
+
     def over_twin(self, applies: bool, **changes: Any) -> float | None:
         """Time over that of the row that differs in `changes` alone, if this run has it."""
         key = replace(self.config, **changes).key
@@ -93,7 +109,7 @@ class Case:
 
 
 def cases(record: Record) -> list[Case]:
-    by_key = {config.key: config for config in (*DECODE_GRID, *MLA_GRID)}
+    by_key = {config.key: config for config in PAGED_GRID}
     earlier = earlier_peers(timing.device_slug(record["device"]))
     roof = timing.Roof(record["read_roof_gbs"], record["matmul_tflops"])
     run = {row["key"]: row for row in record["rows"]}
@@ -149,7 +165,33 @@ def _over_flashmla(case: Case) -> float | None:
     return case.over("flashmla")
 
 
+def _over_named_limit(case: Case) -> float | None:
+    limit = CASCADE_LIMITS_US.get(case.row["key"])
+    return case.us / limit if limit else None
+
+
+def _moment(trace: str, case: Case) -> bool:
+    return bool(case.config.moment.startswith(trace[:18]))
+
+
+def _of_unique_bytes(case: Case) -> float | None:
+    """Where operations take longer than the bytes, those are no measure (MLA of many heads)."""
+    bytes_us = case.roof.floor_us(case.config.num_bytes, 0)
+    by_bytes = _moment(TOOLAGENT, case) and case.config.num_bytes > 100 * MB and bytes_us == case.floor_us
+    return bytes_us / case.us if by_bytes else None
+
+
+# Cascades that have limits of their own, one prefix for all requests.
+CASCADE_LIMITS_US = {
+    "b8 ctx4128 8q/1kv d128 p16 shared4000": 8.0,
+    "b64 ctx8448 8q/1kv d128 p16 shared8192": 14.0,
+    "b256 ctx2176 8q/1kv d128 p16 shared2048": 16.0,
+    "b64 ctx8448 8q/8kv d128 p16 shared8192": 48.0,
+}
+CASCADE_MLA_KEY = "b128 ctx8704 h16 sq1 p64 shared8192"
+
 # The floor is bytes / roof, or operations / matrix rate where that is more (MLA of many rows); all of the same run.
+# Of a cascade it is the different bytes, or operations at half that rate; its time is that of the levels chosen for it.
 RULES = (
     Rule("must", "time / (1.06 floor + 5 us)", 1.0, lambda c: c.us / (1.06 * c.floor_us + 5)),
     Rule("goal", "time / (1.03 floor + 3.5 us)", 1.0, lambda c: c.us / (1.03 * c.floor_us + 3.5)),
@@ -158,7 +200,7 @@ RULES = (
         "time / that of the fastest peer, dense SDPA included",
         1.0,
         lambda c: c.over_peer(),
-        of=DecodeConfig | MLAConfig,
+        of=PagedConfig,
     ),
     Rule("SDPA", "time / torch SDPA's in the same run", 1.0, lambda c: c.over_sdpa()),
     Rule(
@@ -223,6 +265,57 @@ RULES = (
         45.0,
         lambda c: None if c.config.equal_lens else c.us,
         of=MLAConfig,
+    ),
+    Rule(
+        "auto/plain",
+        "time of a cascade with the chosen levels / plain decode's",
+        1.03,
+        lambda c: c.over_variant("plain_us"),
+        of=CascadeConfig,
+    ),
+    Rule(
+        "auto/forced",
+        "time of a cascade with the chosen levels / with all there are",
+        1.05,
+        lambda c: c.over_variant("cascade_us"),
+        of=CascadeConfig,
+    ),
+    Rule(
+        "cascade must",
+        "time / (1.2 floor + 8 us), cascades",
+        1.0,
+        lambda c: c.us / (1.2 * c.floor_us + 8),
+        of=CascadeConfig,
+    ),
+    Rule(
+        "named",
+        "time / 8, 14, 16, 48 us: 8/1 heads 8 x (4000 + 128), 64 x (8192 + 256), 256 x (2048 + 128); 8/8, the second",
+        1.0,
+        _over_named_limit,
+        of=CascadeConfig,
+    ),
+    Rule(
+        "MLA/plain",
+        "plain mla_decode's time / the cascade's, 128 x (8192 + 512), 16 heads",
+        3.0,
+        lambda c: _speedup(c.over_variant("plain_us")) if c.row["key"] == CASCADE_MLA_KEY else None,
+        at_least=True,
+        of=CascadeConfig,
+    ),
+    Rule(
+        "tool-agent",
+        "share of the roof, different bytes of the tool-agent batch, from 100 MB on",
+        0.85,
+        _of_unique_bytes,
+        at_least=True,
+        of=CascadeConfig,
+    ),
+    Rule(
+        "conversation",
+        "time / plain decode's, conversation batches",
+        1.03,
+        lambda c: c.over_variant("plain_us") if _moment(MOONCAKE, c) else None,
+        of=CascadeConfig,
     ),
 )
 PDL_RULES = ("must", "goal", "MLA must", "MLA goal")  # what the PDL time is held against too

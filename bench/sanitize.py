@@ -160,6 +160,87 @@ def run_mla() -> int:
     return count
 
 
+def cascade_structures(many: int) -> dict[str, dict[str, Any]]:
+    """Arguments of `build_cascade`, by name; 12 query tokens in the largest groups on average.
+
+    short   groups of one tile and of several in two levels above the requests, a window that ends in either, several
+            tokens a request, requests without a token, in no group or without keys of their own
+    long    a group with more tiles than there are CTAs: it is split, in runs of several tiles; tokens in any order
+    many    dozens of requests (`many`, or none of this), so that there are more groups than CTAs, and more than shared
+            memory has room for beside the tiles
+    """
+    structures: dict[str, dict[str, Any]] = {
+        "short": {
+            "own_lens": [0, 1, 65, 130, 20, 7, 0, 30],
+            "qo_lens": [1, 1, 3, 0, 4, 1, 1, 1],
+            "shared": [([8], [150]), ([1, 4, 2], [20, 130, 0], 1)],
+            "window_left": 180,
+            "logits_soft_cap": 20.0,
+        },
+        "long": {
+            "own_lens": [70, 0, 130],
+            "qo_lens": [4, 4, 4],
+            "shared": [([3], [9000])],
+            "permuted": True,
+            "padding": 3,
+        },
+    }
+    if many:
+        sizes = ((12, 70), (2, 10), (1, 3))
+        structures["many"] = {
+            "own_lens": [5] * 12 * many,
+            "shared": [([size] * (12 * many // size), [keys] * (12 * many // size)) for size, keys in sizes],
+            "page_size": 1,
+        }
+    return structures
+
+
+def cascade_problems() -> Iterator[tuple[str, Any]]:
+    """(name, cascade on the host) for each template instance of `cascade_decode`, GQA and MLA."""
+    from cascade_problems import build_cascade, tile_rows
+
+    from cupyattn import kernels
+
+    for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
+        for tile_q in sorted({config.tile_q for config in kernels.cascade_configs("sm_90", head_dim)}):
+            for name, structure in cascade_structures(135 if dtype == "bfloat16" else 0).items():
+                if dtype == "float16" and name != "short":
+                    continue  # differs in conversions alone
+                layout = {"storage": "interleaved"} if name == "short" else {"layout": "HND"}
+                num_kv_heads = 2 if name == "long" else 1
+                cascade = build_cascade(
+                    **structure, **layout, dtype=dtype, head_dim=head_dim, group_size=tile_q // 8,
+                    num_kv_heads=num_kv_heads,
+                )  # fmt: skip
+                with tile_rows(tile_q):
+                    yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
+    for dtype, tile_q in itertools.product(kernels.DECODE_DTYPES, (None, 16, 32, 64, 128)):
+        many = (
+            40 if dtype == "bfloat16" and tile_q is not None else 0
+        )  # few enough for the smaller tiles of mla.cu
+        for name, structure in cascade_structures(many).items():
+            if dtype == "float16" and name != "short":
+                continue
+            heads = (tile_q or 16) // 8
+            cascade = build_cascade(**structure, mla=True, num_heads=heads, dtype=dtype)
+            with tile_rows(tile_q):
+                yield f"{dtype} MLA tile={tile_q} {name}", cascade
+
+
+def run_cascade() -> int:
+    from device import attend, misses
+
+    count = 0
+    for name, cascade in cascade_problems():
+        out, lse = cascade.moved(_cupy()).call(return_lse=True)
+        rows, dtype = cascade.rows, cascade.problem.dtype
+        wrong = int(misses(out.get()[rows], lse.get()[rows], attend(cascade.plain), dtype, np))
+        if wrong:
+            raise SystemExit(f"cascade_decode {name}: {wrong} wrong numbers")
+        count += 1
+    return count
+
+
 def run_mla_append() -> int:
     from problems import DTYPES
 
@@ -260,6 +341,7 @@ def run_grid() -> None:
     runs: dict[str, Callable[[], int]] = {
         "decode": run_decode,
         "mla_decode": run_mla,
+        "cascade_decode": run_cascade,
         "append": run_append,
         "mla_append": run_mla_append,
         "merge_states": run_merge,

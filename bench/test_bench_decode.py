@@ -26,6 +26,8 @@ NUMPY_GRID: tuple[Config, ...] = (
     configs.mla(2, 256, 16),
     MLAConfig((1, 300, 64), 8, num_query_tokens=1, page_size=1, dtype="float16", lens_name="ragged"),
     configs.mla(1, 128, 16, num_query_tokens=2),
+    configs.sharing(configs.equal(8, 1152, 8, 8), 1024),
+    configs.sharing(configs.mla(16, 1088, 4), 1024),
     MergeConfig(4, 8, 32),
     AppendConfig(8, 1, 8, rope=True),
 )

@@ -3,10 +3,11 @@
 Each figure is the median of several readings, in microseconds per launch:
 
 cold    a CUDA graph of launches that rotate over input sets which together exceed the L2 cache 2.2 times,
-        so that each launch finds its input in HBM; a variant of the launch (`pdl`, `fixed`) is read in the same way
+        so that each launch finds its input in HBM; a variant of the launch (`pdl`, `fixed`, of a cascade `plain` and
+        `cascade`) is read in the same way
 warm    a CUDA graph of launches over one set
 eager   a plain Python loop over the sets, wall clock, so host time counts where it is longer than device time
-host    the same loop without the wait at its end: what a call costs the host that makes it
+host    the same loop without the wait at its end: what a call costs the host that makes it (of a cascade `levels`)
 
 Graphs are replayed back to back, with one pair of events around each replay. One that holds few launches is
 padded with further rounds of the same rotation, because the start of a graph costs microseconds of its own.
@@ -166,7 +167,8 @@ class Problem:
 
     `poison` spoils the outputs; `check` raises AssertionError unless the launches have filled them rightly,
     and returns the errors it saw. `variants` are other ways to launch the same sets, by the name of the figure
-    that each one's cold time becomes; they fill the same outputs.
+    that each one's cold time becomes; they fill the same outputs. `host` are calls that prepare launches, by the name
+    of the figure that their host time becomes; `facts` is what a row says besides.
     """
 
     key: str
@@ -176,6 +178,8 @@ class Problem:
     poison: Launch
     check: Callable[[], dict[str, float]]
     variants: Mapping[str, Sequence[Launch]] = field(default_factory=dict)
+    host: Mapping[str, Launch] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def num_sets(bytes_per_set: int, l2_bytes: int, most: int = 256) -> int:
@@ -238,7 +242,7 @@ def _checked_cold_us(
 
 
 def measure(problem: Problem, runner: Runner, only_cold: bool = False) -> dict[str, Any]:
-    """Checks the problem and reads its cold time, then that of its variants, and warm and eager time.
+    """Checks the problem and reads its cold time, then that of its variants, and warm, eager and host time.
 
     Raises AssertionError, before the launches in question are timed, where a check fails.
     """
@@ -253,6 +257,8 @@ def measure(problem: Problem, runner: Runner, only_cold: bool = False) -> dict[s
             times["warm_us"] = replay_us(runner.capture(same), stream) / len(same)
             calls = int(min(200, max(10, 2e4 / cold_us)))
             times["eager_us"] = eager_us(launches, stream, calls)
+            for name, call in problem.host.items():
+                times[name] = eager_us([call], stream, calls=3, wait=False)
     return {
         **{name: round(us, 2) for name, us in times.items()},
         "gbs": round(problem.num_bytes / cold_us * 1e-3, 1),
@@ -269,8 +275,8 @@ class Roof:
     read_gbs: float
     matmul_tflops: float
 
-    def floor_us(self, num_bytes: int, flops: int) -> float:
-        return max(num_bytes / self.read_gbs * 1e-3, flops / self.matmul_tflops * 1e-6)
+    def floor_us(self, num_bytes: int, flops: int, matmul_share: float = 1.0) -> float:
+        return max(num_bytes / self.read_gbs * 1e-3, flops / (matmul_share * self.matmul_tflops) * 1e-6)
 
 
 class DeviceKernels:

@@ -20,6 +20,7 @@ from typing import Self
 import numpy as np
 
 from . import __version__
+from .cascade import level_sizes
 from .checks import check_divisible
 from .draw import draw_levels
 from .kernels import DECODE_HEAD_DIMS, cascade_config, decode_config
@@ -222,10 +223,11 @@ def _cascade(args: argparse.Namespace) -> int:
         tree.add(request, pages, kv_len, hashes=blocks)
     cost = CascadeCost.gqa(args.num_qo_heads, args.num_kv_heads, args.head_dim)
     levels, _, saving_us = tree.levels(choose=cost)
-    fewest_groups = min(pages.batch_size for pages, _ in levels.levels)
-    num_rows = -(-len(requests) // max(fewest_groups, 1)) * group_size
-    choose_config = decode_config if levels.num_levels == 1 else cascade_config
-    config = choose_config(args.arch, args.head_dim, num_rows)
+    if levels.num_levels == 1:
+        config = decode_config(args.arch, args.head_dim, group_size)
+    else:
+        sizes = level_sizes(64, len(requests) * group_size, args.block_size, levels)
+        config = cascade_config(args.arch, args.head_dim, sizes)
     segments = cascade_schedule(
         levels,
         num_kv_heads=args.num_kv_heads,
@@ -239,9 +241,9 @@ def _cascade(args: argparse.Namespace) -> int:
     own = int(levels.levels[-1][0].kv_lens.sum())
     num_read = own + sum(sum(lens) for _, lens in shared)
     if args.out is not None:
-        title = f"{len(requests)} requests, {num_tokens} tokens, {num_read} of them different, {_sizes(args)}"
+        title = f"{len(requests)} requests, {num_tokens} tokens, {num_read} of them read, {_sizes(args)}"
         return _draw(args.out, lambda: draw_levels(levels, args.out, segments=segments, title=title))
-    rows = [("requests", str(len(requests))), ("tokens", f"{num_tokens}, {num_read} of them different")]
+    rows = [("requests", str(len(requests))), ("tokens", f"{num_tokens}, {num_read} of them read")]
     for number, (qo_indptr, lens) in enumerate(shared):
         of = [str(n) for n, kv_len in zip(np.diff(qo_indptr), lens, strict=True) if kv_len]
         keys = [str(kv_len) for kv_len in lens if kv_len]
@@ -257,6 +259,8 @@ def _running_requests(
     path: Path, first_row: int, batch: int | None, block_size: int
 ) -> list[tuple[int, list[str]]]:
     """Return what each request holds, part-way through its output, and the blocks that it may share."""
+    if batch is not None and batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {batch}")
     progress = random.Random(0)
     try:
         with path.open(encoding="utf-8", newline="") as file:

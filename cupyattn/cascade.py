@@ -116,13 +116,19 @@ def cascade_decode(
             logits_soft_cap=logits_soft_cap, return_lse=return_lse, out=out, lse=lse, workspace=workspace, pdl=pdl,
             validate=validate,
         )  # fmt: skip
-    if isinstance(levels, CascadeLevels) and levels.num_levels == 1 and levels.q_indices is None:
+    if not isinstance(levels, CascadeLevels):
+        levels = CascadeLevels(levels)
+    if levels.num_levels == 1 and levels.q_indices is None:
         # Nothing is shared but by the tokens of a request: what `decode` does in its own way.
         (pages, qo_indptr), decode_one = levels.levels[0], cast(Any, mla.mla_decode if is_mla else decode)
+        if validate:
+            operand = (
+                cache if isinstance(cache, PagedMLACache) else as_cache(as_operand("cascade_decode", cache))
+            )
+            _validate(operand, levels, first.shape[0], workspace, window_left)
         return decode_one(
             q, cache, pages, qo_indptr=qo_indptr, sm_scale=sm_scale, window_left=window_left,
             logits_soft_cap=logits_soft_cap, return_lse=return_lse, out=out, lse=lse, workspace=workspace, pdl=pdl,
-            validate=validate,
         )  # fmt: skip
     levels, operands = _operands("cascade_decode", q, cache, levels, out, lse, workspace)
     if is_mla and sm_scale is None:
@@ -226,8 +232,10 @@ class _DecodePlan(_CascadePlan, DecodePlan):
         group_size = q.shape[1] // cache.num_kv_heads
         if not num_tokens or not levels.batch_size:
             return
-        rows = _most_rows(num_tokens, levels) * group_size
-        config = kernels.cascade_config(device_properties(self.device).arch, cache.head_dim, rows)
+        config = kernels.cascade_config(
+            device_properties(self.device).arch, cache.head_dim,
+            level_sizes(64, num_tokens * group_size, cache.page_size, levels),
+        )  # fmt: skip
         template = kernels.decode_template(checks.dtype_name(q), cache.head_dim, config)
         self.runs = CascadeRuns(
             self.caller, get_kernel("decode_cascade", *template, kernels.LEVELS, device=self.device), config,
@@ -249,11 +257,11 @@ class _MLAPlan(_CascadePlan, mla.MLAPlan):
         if not num_tokens or not levels.batch_size:
             return
         properties, dtype = device_properties(self.device), checks.dtype_name(q)
-        rows = _most_rows(num_tokens, levels) * num_qo_heads
         config: kernels.MLAConfig | kernels.MLASm90Config | None = None
+        num_rows = num_tokens * num_qo_heads
         if kernels.MLA_SM90_CASCADE.supports(properties.arch):
-            num_tiles = _num_tiles(48, cache.page_size, levels)
-            config = kernels.mla_sm90_config(rows, num_tiles, properties.num_sms, is_cascade=True)
+            sizes = level_sizes(48, num_rows, cache.page_size, levels)
+            config = kernels.mla_sm90_cascade_config(sizes, properties.num_sms)
         if config is not None:
             kernel = get_kernel(
                 "mla_sm90_cascade",
@@ -263,7 +271,8 @@ class _MLAPlan(_CascadePlan, mla.MLAPlan):
                 device=self.device,
             )
         else:
-            config = kernels.mla_config(properties.arch, rows)
+            most_rows = max(rows for _, rows in level_sizes(64, num_rows, cache.page_size, levels))
+            config = kernels.mla_config(properties.arch, most_rows)
             template = kernels.mla_template(dtype, config)
             kernel = get_kernel("mla_cascade", *template, kernels.LEVELS, device=self.device)
         self.runs = CascadeRuns(
@@ -294,18 +303,13 @@ def _num_tokens(q: Any, levels: CascadeLevels) -> int:
     return int((q if levels.q_indices is None else levels.q_indices).shape[0])
 
 
-def _most_rows(num_tokens: int, levels: CascadeLevels) -> int:
-    """Return the query tokens of a group on average, in the level with the fewest."""
-    return max(-(-num_tokens // max(pages.batch_size, 1)) for pages, _ in levels.levels)
-
-
-def _num_tiles(size: int, page_size: int, levels: CascadeLevels) -> int:
-    """Return the tiles of `size` keys that all groups have room for."""
-    return sum(
-        max_units(size, pages.batch_size, True, 1, page_size, pages)
+def level_sizes(size: int, num_rows: int, page_size: int, levels: CascadeLevels) -> list[tuple[int, int]]:
+    """Return of each level that has groups: tiles of `size` keys that they have room for, and their rows on average."""
+    return [
+        (max_units(size, pages.batch_size, True, 1, page_size, pages), -(-num_rows // pages.batch_size))
         for pages, _ in levels.levels
         if pages.batch_size
-    )
+    ]
 
 
 def _validate(cache: Any, levels: CascadeLevels, num_rows: int, workspace: Any, window_left: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,8 +87,7 @@ def decode_config(
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
     head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
-    is the fastest; the others lose up to 3% and 30%. With head_dim 64 and up to 8 rows, 4 x 3 are faster than 2 x 4 by
-    up to 9%. bench/NOTES.md has the times.
+    is the fastest; with head_dim 64 and up to 8 rows it is 4 x 3. bench/NOTES.md has the times.
     """
     if num_tiles is not None:
         for fewer_rows in (8, 16):
@@ -137,14 +136,50 @@ def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
             yield decode_template(dtype, head_dim, config, fixed_splits)
 
 
-def cascade_config(arch: str, head_dim: int, rows: int) -> DecodeConfig:
-    """Choose the shape for a cascade whose largest groups have so many rows; 16 at least, as 8 are too few to share."""
-    return decode_config(arch, head_dim, max(rows, 16))
+#: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
+#: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
+_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.15, 1.15), 64: (1.2, 1.0)}
+_MLA_TILE_COSTS = {16: (1.0, 1.0), 32: (1.2, 1.2), 64: (1.65, 1.5), 128: (1.9, 1.9)}
+
+
+def _cascade_cost(
+    costs: dict[int, tuple[float, float]], tile_q: int, levels: Sequence[tuple[int, int]]
+) -> float:
+    """Return how long levels take with tiles of so many rows, each level being (tiles of keys, query rows a group)."""
+    once, again = costs[tile_q]
+    return sum(
+        num_tiles * (once if rows <= tile_q else -(-rows // tile_q) * again) for num_tiles, rows in levels
+    )
+
+
+def cascade_config(arch: str, head_dim: int, levels: Sequence[tuple[int, int]]) -> DecodeConfig:
+    """Choose the shape of the decode kernel for a cascade. Any choice is right; this one is fast.
+
+    Parameters
+    ----------
+    arch : str
+    head_dim : int
+    levels : sequence of (int, int)
+        Of each level, tiles of 64 keys that its groups have room for, and the query rows of a group on average (query
+        tokens x group size), both per KV head.
+
+    Notes
+    -----
+    Tiles of 64 rows read shared keys seldom; those of 16 read a request's own keys faster, which a batch may have far
+    more of.
+    """
+    configs = cascade_configs(arch, head_dim)
+    return min(configs, key=lambda config: _cascade_cost(_DECODE_TILE_COSTS, config.tile_q, levels))
+
+
+def cascade_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
+    """All that `cascade_config` can choose: 16 rows at least, as 8 are too few to share."""
+    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (16, 32, 33)))
 
 
 def _decode_cascade_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
     for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
-        for config in dict.fromkeys(cascade_config(arch, head_dim, rows) for rows in (16, 32, 33)):
+        for config in cascade_configs(arch, head_dim):
             yield decode_template(dtype, head_dim, config)
 
 
@@ -229,9 +264,7 @@ class MLASm90Config:
 MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64, 128))
 
 
-def mla_sm90_config(
-    rows: int, num_tiles: int, num_sms: int, is_cascade: bool = False
-) -> MLASm90Config | None:
+def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | None:
     """Choose the shape of the kernel of mla_sm90.cu, or None where that of mla.cu is faster.
 
     Parameters
@@ -248,8 +281,15 @@ def mla_sm90_config(
     """
     if rows <= 16 and num_tiles <= 4 * num_sms:
         return None
-    config = next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
-    return dataclasses.replace(config, is_cascade=is_cascade)
+    return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
+
+
+def mla_sm90_cascade_config(levels: Sequence[tuple[int, int]], num_sms: int) -> MLASm90Config | None:
+    """Choose the shape for a cascade whose levels have so many tiles of 48 keys, and query rows a group."""
+    if all(mla_sm90_config(rows, num_tiles, num_sms) is None for num_tiles, rows in levels):
+        return None
+    tile_q = min(_MLA_TILE_COSTS, key=lambda tile_q: _cascade_cost(_MLA_TILE_COSTS, tile_q, levels))
+    return MLASm90Config(tile_q, is_cascade=True)
 
 
 def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:

@@ -25,11 +25,13 @@ class CascadeCost:
     With it they are read once, and each query token has one more partial state to write and merge. Either way the
     products take their time too, which binds where there are many query rows a key (multi-head latent attention)::
 
-        saving = max(read(readers), matmul) - max(read(1), matmul) - num_qo_tokens * partial_bytes / hbm_rate
+        saving = max(read(readers), matmul) - max(read(1), matmul) - num_qo_tokens * partial_bytes / partial_rate
         read(readers) = bytes / hbm_rate + (readers - 1) * bytes / (l2_rate if bytes <= l2_bytes else hbm_rate)
         matmul = num_qo_tokens * num_tokens * flops_per_token / matmul_rate
 
-    A group is used if it saves more than 0, and a cascade if its groups together save more than `fixed_us`.
+    A group is used if it saves more than 0, and a cascade if its groups together save more than `fixed_us`, or a part
+    of it where no group has many query rows: a quarter with up to 16 for a KV head, three quarters with up to 32. (What
+    has 64 rows at once also has more instructions to fetch, and leaves more to merge.)
 
     Parameters
     ----------
@@ -39,6 +41,10 @@ class CascadeCost:
         Of a query token, all its heads, and one key: both products.
     partial_bytes : float
         Moved for one more partial state of a query token, all its heads: float32, written and read.
+    partial_rate : float
+        Bytes per microsecond of these.
+    own_us : float
+        By which a token that a request has for itself takes longer: tiles of a cascade are made for many rows.
     hbm_rate, l2_rate : float
         Bytes per microsecond of keys that are read for the first time, and of those read again while in L2.
     l2_bytes : float
@@ -46,7 +52,9 @@ class CascadeCost:
     matmul_rate : float
         Floating-point operations per microsecond with many query rows.
     fixed_us : float
-        What the merge at the end of a cascade adds to a launch.
+        What a cascade adds to a launch whose groups have many rows.
+    rows_per_token : int
+        Query rows of a KV head for each query token: its query heads.
 
     Raises
     ------
@@ -62,11 +70,11 @@ class CascadeCost:
     Examples
     --------
     Of 8 requests with 4000 tokens in common and 8 query heads per KV head. 8 KV heads: 7 * 16.4 MB at 5.5e6 bytes/us
-    take 20.85 us, 8 partial states 0.17 us. One KV head: an eighth of both, still more than `fixed_us`.
+    take 20.85 us, 8 partial states 0.17 us. One KV head: an eighth of both, less than what a cascade of 64 rows costs.
 
-    >>> cost = CascadeCost.gqa(64, 8, 128)
-    >>> round(cost.saving_us(8, 4000, 8), 2), round(CascadeCost.gqa(8, 1, 128).saving_us(8, 4000, 8), 2)
-    (20.68, 2.59)
+    >>> cost, small = CascadeCost.gqa(64, 8, 128), CascadeCost.gqa(8, 1, 128)
+    >>> round(cost.saving_us(8, 4000, 8), 2), round(small.saving_us(8, 4000, 8), 2), small.launch_us(8)
+    (20.68, 2.59, 8.0)
 
     2 requests with 16 tokens in common: 65.5 KB from L2 take 0.012 us, 2 partial states 0.043 us.
 
@@ -77,16 +85,21 @@ class CascadeCost:
 
     >>> CascadeCost.mla(128).saving_us(8, 4000, 8) < 0 < CascadeCost.mla(16).saving_us(8, 4000, 8)
     True
+
+    The numbers are from runs of decode and cascade side by side (bench/NOTES.md).
     """
 
     bytes_per_token: float = 4096.0
     flops_per_token: float = 32768.0
     partial_bytes: float = 65536.0
+    partial_rate: float = 3.05e6
     hbm_rate: float = 3.05e6
     l2_rate: float = 5.5e6
     l2_bytes: float = 30e6
     matmul_rate: float = 300e6
-    fixed_us: float = 1.5
+    fixed_us: float = 8.0
+    own_us: float = 0.0
+    rows_per_token: int = 8
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -97,11 +110,23 @@ class CascadeCost:
 
     @classmethod
     def gqa(cls, num_qo_heads: int, num_kv_heads: int, head_dim: int, itemsize: int = 2) -> CascadeCost:
-        """Make the cost of `cascade_decode`, with `itemsize` bytes an element of the cache."""
+        """Make the cost of `cascade_decode`, with `itemsize` bytes an element of the cache.
+
+        Raises
+        ------
+        ValueError
+            `num_qo_heads` is not a positive multiple of `num_kv_heads`.
+        """
+        if num_kv_heads < 1 or num_qo_heads < 1 or num_qo_heads % num_kv_heads:
+            raise ValueError(
+                f"CascadeCost.gqa: num_qo_heads must be a positive multiple of num_kv_heads = {num_kv_heads}, "
+                f"got {num_qo_heads}"
+            )
         return cls(
             bytes_per_token=2 * num_kv_heads * head_dim * itemsize,
             flops_per_token=4 * num_qo_heads * head_dim,
             partial_bytes=8 * num_qo_heads * head_dim,
+            rows_per_token=num_qo_heads // num_kv_heads,
         )
 
     @classmethod
@@ -111,6 +136,12 @@ class CascadeCost:
             bytes_per_token=(ckv_dim + kpe_dim) * itemsize,
             flops_per_token=2 * num_qo_heads * (2 * ckv_dim + kpe_dim),
             partial_bytes=8 * num_qo_heads * ckv_dim,
+            partial_rate=0.3e6,
+            l2_rate=3.6e6,
+            matmul_rate=235e6,
+            fixed_us=12.0,
+            own_us=0.15e-3,
+            rows_per_token=num_qo_heads,
         )
 
     def read_us(self, num_readers: int, num_tokens: int) -> float:
@@ -134,7 +165,21 @@ class CascadeCost:
         matmul_us = num_qo_tokens * num_tokens * self.flops_per_token / self.matmul_rate
         one_by_one = max(self.read_us(num_readers, num_tokens), matmul_us)
         once = max(self.read_us(1, num_tokens), matmul_us)
-        return one_by_one - once - num_qo_tokens * self.partial_bytes / self.hbm_rate
+        return one_by_one - once - num_qo_tokens * self.partial_bytes / self.partial_rate
+
+    def launch_us(self, num_qo_tokens: int, num_own_tokens: int = 0) -> float:
+        """Return what a cascade adds to a launch.
+
+        Parameters
+        ----------
+        num_qo_tokens : int
+            Query tokens of its largest group.
+        num_own_tokens : int
+            Keys in no group, of all requests.
+        """
+        rows = num_qo_tokens * self.rows_per_token
+        part = 0.25 if rows <= 16 else 0.75 if rows <= 32 else 1.0
+        return self.fixed_us * part + num_own_tokens * self.own_us
 
 
 class PrefixLevels(NamedTuple):
@@ -507,10 +552,9 @@ class PrefixTree:
         reserve_pages = _within("reserve_pages", reserve_pages, 0, 2**31 - 1)
         if choose is None:
             choose = CascadeCost()
-        fixed_us = None
         saving: Any = choose
         if isinstance(choose, CascadeCost):
-            saving, fixed_us = choose.saving_us, choose.fixed_us
+            saving = choose.saving_us
         elif not callable(choose):
             raise TypeError(f"levels: choose must be a CascadeCost or callable, got {type(choose).__name__}")
 
@@ -518,8 +562,12 @@ class PrefixTree:
         selection = _Selection(top, self.page_size, saving, min_shared_tokens)
         selection.drop_unprofitable()
         selection.flatten(max_levels - 1)
-        saving_us = selection.saving_us() - (fixed_us or 0.0)
-        if fixed_us is not None and saving_us <= 0:
+        saving_us = selection.saving_us()
+        if isinstance(choose, CascadeCost):
+            num_own = sum(request.kv_len for request in batch) - selection.num_shared()
+            most = max((group.num_qo_tokens for group in top.below()), default=0)
+            saving_us -= choose.launch_us(most, num_own)
+        if isinstance(choose, CascadeCost) and saving_us <= 0:
             for group in top.below():
                 group.dissolve()
         if not top.children:
@@ -641,7 +689,8 @@ class PrefixTree:
                 group = groups.get(node)
                 found = group is not None
                 if group is None:
-                    group = groups[node] = _Group(node.end * node.owner.unit, node.owner)
+                    # Read from a request of this batch: pages of others may be gone while levels are in use.
+                    group = groups[node] = _Group(node.end * entry.unit, entry)
                 if below is None:
                     group.rows.append(row)
                 else:
@@ -772,6 +821,10 @@ class _Selection:
             changed: _Group | None = self._drop(least)
             while changed is not None and (height := _height(changed)) != changed.height:
                 changed.height, changed = height, changed.parent
+
+    def num_shared(self) -> int:
+        """Return how many keys requests have in groups, counted once for each request."""
+        return sum(group.num_requests * self._num_tokens(group) for group in self._top.below())
 
     def saving_us(self) -> float:
         """Return what the groups save together, compared with every request reading all its keys."""

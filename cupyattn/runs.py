@@ -261,7 +261,7 @@ def check_workspace(caller: str, workspace: Any, needed_bytes: int) -> None:
     if workspace.ndim != 1 or workspace.nbytes < needed_bytes or workspace.strides[0] != 1:
         raise ValueError(
             f"{caller}: workspace must be contiguous, of at least {needed_bytes} bytes (see "
-            f"decode_workspace_bytes), got shape {list(workspace.shape)}"
+            f"decode_workspace_bytes and cascade_workspace_bytes), got shape {list(workspace.shape)}"
         )
 
 
@@ -313,6 +313,8 @@ def check_zeroed(caller: str, workspace: Any) -> None:
 def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     """Allocate a workspace for `decode` and `mla_decode`: for every call on that device without `fixed_split_size`.
 
+    And for `cascade_decode`, but for large batches.
+
     It is zero at first, and launches leave zero what they need so. Launches that overlap in time must not share one:
     they would take each other's partial states, and may end in an error of the device.
 
@@ -321,7 +323,8 @@ def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     device : int, optional
         Device id; the current one by default.
     num_bytes : int
-        Its size at least. Calls with `fixed_split_size` may need more: `decode_workspace_bytes` says how much.
+        Its size at least. Calls with `fixed_split_size` may need more: `decode_workspace_bytes` says how much; for
+        cascades `cascade_workspace_bytes`.
 
     Returns
     -------

@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     float* smem_scratch = reinterpret_cast<float*>(smem_kv + use_stage * 2 * kTileBytes);
     if (++use_stage == kStages) use_stage = 0;
 
-    if (kQueriesInRegisters && tile.begins_segment) {
+    if (kQueriesInRegisters && !kUsesWgmma && tile.begins_segment) {
 #pragma unroll
       for (int step = 0; step < kDimSteps; ++step) load_q(q_frag[step], tile.q_buffer, step);
     }
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     const auto last_key_of = [&](int row) { return tile.kv_len - tile.qo_len + group.divide(row); };
     const auto last_of = [&](int row_in_tile) {  // the last key that a row sees, or where it stands
       if constexpr (kIsCascade) {
-        return smem_positions.rows[tile.q_buffer][row_in_tile];
+        return smem_positions.at(problem, tile.q_buffer, row_in_tile, tile.kv_len);
       } else {
         const int total_rows = tile.qo_len * group_size;
         return last_key_of(min(tile.q_tile * kTileQ + row_in_tile, total_rows - 1));

@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
           const int row_in_tile = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
           int last;  // or where the row stands
           if constexpr (kIsCascade) {
-            last = smem_positions.rows[tile.q_buffer][row_in_tile];
+            last = smem_positions.at(problem, tile.q_buffer, row_in_tile, tile.kv_len);
           } else {
             last = last_key_of(min(first_row + row_in_tile, total_rows - 1));
           }

@@ -286,7 +286,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       };
       bool all_seen;
       if constexpr (kIsCascade) {
-        if (begins_segment) smem_positions.write(problem, load, 0);
+        if (begins_segment) smem_positions.template write<true>(problem, load, 0);
         __syncwarp();
         all_seen = smem_positions.all_see(0, first_token, first_token + kTileKV - 1);
         for (int row = lane; row < kTileQ && !all_seen; row += 32) {

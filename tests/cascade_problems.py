@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +15,29 @@ from device import Pool, assert_right, attend, misses, poison
 from problems import POISON_PAGE, Guarded, Problem, build_mla_problem, build_problem, to_backend, to_host
 
 import cupyattn
-from cupyattn import reference
+from cupyattn import cascade as cascade_module
+from cupyattn import kernels, reference
 from cupyattn.cache import PageTable
 from cupyattn.levels import CascadeLevels
+
+
+@contextlib.contextmanager
+def tile_rows(tile_q: int | None) -> Iterator[None]:
+    """Have `cascade_decode` take tiles of so many query rows, whatever it would choose (MLA: None for mla.cu)."""
+    chosen = kernels.cascade_config, kernels.mla_sm90_cascade_config
+    configs = kernels.cascade_configs
+    kernels.cascade_config = lambda arch, head_dim, levels: next(
+        config for config in configs(arch, head_dim) if config.tile_q == tile_q
+    )
+    kernels.mla_sm90_cascade_config = lambda levels, num_sms: (
+        None if tile_q is None else kernels.MLASm90Config(tile_q, is_cascade=True)
+    )
+    cascade_module._plans.cache_clear()
+    try:
+        yield
+    finally:
+        kernels.cascade_config, kernels.mla_sm90_cascade_config = chosen
+        cascade_module._plans.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bench import configs, record, report, rows, rules, timing
-from bench.configs import AppendConfig, DecodeConfig, MergeConfig, MLAConfig
+from bench.configs import AppendConfig, CascadeConfig, DecodeConfig, MergeConfig, MLAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -27,6 +27,12 @@ SMALL = [
     configs.equal(1, 8192, 8, 1),  # batch-invariant too
     configs.mla(2, 40, 4),
     MLAConfig((5, 33, 3, 16), 3, num_query_tokens=3, page_size=1, dtype="float16", lens_name="ragged"),
+    configs.sharing(configs.equal(3, 56, 8, 2), 32),
+    configs.sharing(configs.equal(8, 1152, 8, 8), 1024),  # so much that `auto` shares it
+    CascadeConfig(
+        DecodeConfig((40, 33, 64, 5), 4, 1, head_dim=64, lens_name="tree"), ((7, 3), (7,), (7, 3), ()), 16
+    ),
+    CascadeConfig(MLAConfig((9, 5, 2, 3), 3, page_size=1, lens_name="tree"), ((0, 1), (0,), (), (0,)), 2),
     MergeConfig(3, 2, 4),
     AppendConfig(3, 1, 2),
     AppendConfig(2, 5, 2, rope=True),
@@ -45,6 +51,25 @@ MLA_PEERS = [
     ("b128 ctx4096 h16 sq1 p1", "flashinfer-fa3", 221.0, 2753.7, 82.6),
     ("b128 ctx4096 h128 sq1 p1", "flashinfer-fa3", 286.6, 2232.0, 509.6),
 ]
+
+
+CASCADE_PEERS = [
+    ("b8 ctx4128 8q/1kv d128 p16 shared4000", "flashinfer-cascade", 70.6, 36.9, 1.9),
+    ("b64 ctx8448 8q/1kv d128 p16 shared8192", "flashinfer-tc", 47.5, 270.5, 46.6),
+    ("b256 ctx2176 8q/8kv d128 p16 shared2048", "fa3", 480.0, 299.3, 4.8),
+    ("mooncake_conversat@100 b32 8q/1kv sum418k uniq402k", "flashinfer-tc", 83.2, 2478.4, 20.6),
+    ("mooncake_conversat@700 b128 32q/8kv sum1861k uniq1789k", "fa3", 2429.6, 3018.0, 12.6),
+]
+
+
+def cascade_of(key: str) -> CascadeConfig:
+    (config,) = (config for config in configs.CASCADE_GRID if config.key == key)
+    return config
+
+
+SEED = cascade_of("b8 ctx4128 8q/1kv d128 p16 shared4000")  # few KV heads, where sharing gains little
+TOOLS = cascade_of("mooncake_toolagent@0 b93 32q/8kv sum727k uniq465k")
+CHAT = cascade_of("mooncake_conversat@100 b32 32q/8kv sum418k uniq402k")
 
 
 def small_problem(config: configs.Config, seed: int = 0) -> tuple[timing.Problem, rows.DecodeInputs | None]:
@@ -112,6 +137,57 @@ def test_mla_grid_is_the_peers_and_twins() -> None:
     assert {c.page_size for c in configs.MLA_GRID} == {1, 64}
 
 
+def test_cascade_keys_are_those_of_the_peers() -> None:
+    keys = {config.key for config in configs.CASCADE_GRID}
+    peers = {key for key in rules.earlier_peers("h100") if "shared" in key or "mooncake" in key}
+    assert len(peers) == 10
+    assert peers < keys
+    assert {key for key in keys - peers if not key.startswith("mooncake")} == {
+        "b8 ctx4128 32q/8kv d128 p16 shared4000",
+        "b128 ctx8704 h16 sq1 p64 shared8192",
+        "b32 ctx4352 h128 sq1 p64 shared4096",
+    }
+    moments = {(c.moment, c.step.heads) for c in configs.CASCADE_GRID if c.moment}
+    batches = ("mooncake_toolagent@0", *(f"mooncake_conversat@{start}" for start in (100, 700, 3000)))
+    heads = ("8q/1kv", "32q/8kv", "32q/32kv", "h16", "h128")
+    assert moments == {(m, h) for m in batches for h in heads} - {("mooncake_conversat@3000", "32q/32kv")}
+    assert {c.step.page_size for c in configs.CASCADE_GRID if isinstance(c.step, MLAConfig)} == {64}
+    assert max(c.num_bytes for c in configs.CASCADE_GRID) < configs.MOST_BYTES
+    assert set(rules.CASCADE_LIMITS_US) | {rules.CASCADE_MLA_KEY} < keys
+
+
+@pytest.mark.parametrize(("key", "name", "us", "gbs", "tflops"), CASCADE_PEERS)
+def test_cascade_peers_count_as_we_do(key: str, name: str, us: float, gbs: float, tflops: float) -> None:
+    config = cascade_of(key)
+    assert rules.earlier_peers("h100")[key][name] == us
+    for count, rate in ((config.num_bytes * 1e-3, gbs), (config.flops * 1e-6, tflops)):
+        assert count / (us + 0.05) - 0.05 <= rate <= count / (us - 0.05) + 0.05
+
+
+def test_cascade_counts_shared_keys_once() -> None:
+    step = configs.equal(8, 4128, 8, 1)
+    assert configs.sharing(step, 4000) == SEED
+    assert SEED.repeated_tokens == 7 * 4000
+    assert SEED.num_bytes == (4000 + 8 * 128) * 512 + 2 * 8 * 8 * 256
+    assert SEED.flops == step.flops
+    assert SEED.num_pages == 250 + 8 * 8
+    mla = configs.sharing(configs.mla(128, 8704, 16), 8192)
+    assert mla.num_bytes == 2 * ((8192 + 128 * 512) * 576 + 128 * 16 * (576 + 512))
+    assert mla.cache_elements == (8192 + 128 * 512) * 576
+
+
+def test_cascade_pages_are_shared_block_by_block() -> None:
+    tree = CascadeConfig(DecodeConfig((70, 33, 64, 5), 4, 1), ((7, 3), (7,), (7, 3), ()), 32)
+    expected = [[0, 1, 2, 3, 4], [0, 1, 5], [0, 1, 2, 3], [6]]
+    assert tree.page_numbers() == [page for pages in expected for page in pages]
+    assert tree.num_pages == 7
+    assert tree.repeated_tokens == 3 * 32
+    for config in configs.CASCADE_GRID[::7]:
+        numbers = config.page_numbers()
+        assert len(numbers) == config.step.num_pages
+        assert set(numbers) == set(range(config.num_pages))
+
+
 def test_every_promise_has_rows() -> None:
     large = {config.group_size for config in configs.DECODE_GRID if configs.is_large(config)}
     latency = {config.batch for config in configs.DECODE_GRID if configs.is_latency(config)}
@@ -132,6 +208,7 @@ def test_grid_spans_what_the_rules_speak_of() -> None:
     spoken_of = synthetic_record([{**synthetic_row(config), "host_us": 1.0} for config in grid])
     ragged = [synthetic_row(config) for config in configs.DECODE_GRID if not config.equal_lens]
     spoken_of["rows"] += ragged + [synthetic_row(config) for config in configs.MLA_GRID]
+    spoken_of["rows"] += [cascade_row(config, 9.0, 9.0, 9.0) for config in configs.CASCADE_GRID]
     num_rows = {one["rule"]: one["num_rows"] for one in rules.verdicts(spoken_of)["rules"]}
     assert num_rows["must"] == num_rows["goal"] == len(configs.DECODE_GRID)
     assert num_rows["p1/p64"] >= 2
@@ -145,6 +222,12 @@ def test_grid_spans_what_the_rules_speak_of() -> None:
     assert num_rows["MLA b1-32"] == 4
     assert num_rows["MLA p1/p64"] == 5
     assert num_rows["MLA skewed"] == 1
+    cascades = len(configs.CASCADE_GRID)
+    assert num_rows["auto/plain"] == num_rows["auto/forced"] == num_rows["cascade must"] == cascades == 28
+    assert num_rows["named"] == 4
+    assert num_rows["MLA/plain"] == 1
+    assert num_rows["tool-agent"] == 4  # not of 128 latent heads, which operations bind
+    assert num_rows["conversation"] == 14
 
 
 def test_xformers_grid_is_theirs() -> None:
@@ -190,6 +273,34 @@ def test_running_batches_are_those_of_the_peers(
     assert lens[:3] == first
 
 
+@pytest.mark.parametrize(
+    ("trace", "start", "batch", "tokens", "unique"),
+    [
+        (configs.MOONCAKE, 100, 32, 418566, 402694),
+        (configs.MOONCAKE, 700, 128, 1861369, 1789689),
+        (configs.MOONCAKE, 3000, 512, 7052146, 6129010),
+        (configs.TOOLAGENT, 0, 93, 727470, 465326),
+    ],
+)
+def test_running_batches_share_as_the_traces_say(
+    trace: str, start: int, batch: int, tokens: int, unique: int
+) -> None:
+    step = DecodeConfig(configs.running_lens(trace, start, batch), 8, 1)
+    config = configs.running_sharing(trace, start, step)
+    assert sum(step.lens) == tokens
+    assert tokens - config.repeated_tokens == unique
+    # Blocks say all that comes before them.
+    before = {(i, block): blocks[:i] for blocks in config.blocks for i, block in enumerate(blocks)}
+    assert all(before[i, b] == blocks[:i] for blocks in config.blocks for i, b in enumerate(blocks))
+    assert len({block for _, block in before}) == len(before)
+
+
+def test_the_last_block_of_a_prompt_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = {i: configs._Request(n, 100, (5, 6)) for i, n in enumerate((600, 1024, 1025, 512))}
+    monkeypatch.setattr(configs, "_requests", lambda trace: requests)
+    assert configs.running_blocks("a trace", 0, 4) == ((5,), (5,), (5, 6), ())
+
+
 def test_trace_keys_are_those_of_the_peers() -> None:
     keys = {config.key for config in configs.GROUPS["trace"]}
     peers = {key for key in rules.earlier_peers("h100") if key.startswith("azure")}
@@ -204,12 +315,20 @@ def test_trace_keys_are_those_of_the_peers() -> None:
 
 
 def test_trace_samples_hold_the_rows_that_are_used() -> None:
-    used = [*range(100, 132), *range(700, 828)]
-    for path in sorted(configs.TRACES.glob("*.csv")):
-        with path.open(newline="") as file:
-            assert [int(row["row"]) for row in csv.DictReader(file)] == used
-        assert path.name in (configs.TRACES / "README.md").read_text()
-    assert "CC-BY-4.0" in (configs.TRACES / "README.md").read_text()
+    moments = [*range(100, 132), *range(700, 828)]
+    used = {
+        configs.AZURE: moments,
+        configs.MOONCAKE: [*moments, *range(3000, 3512)],
+        configs.TOOLAGENT: [*range(93)],
+    }
+    readme = (configs.TRACES / "README.md").read_text()
+    assert {path.stem for path in configs.TRACES.glob("*.csv")} == set(used)
+    for trace, numbers in used.items():
+        with (configs.TRACES / f"{trace}.csv").open(newline="") as file:
+            assert [int(row["row"]) for row in csv.DictReader(file)] == numbers
+        assert f"{trace}.csv" in readme
+    assert "CC-BY-4.0" in readme
+    assert "Apache-2.0" in readme
     with pytest.raises(KeyError):
         configs.running_lens(configs.AZURE, 132, 1)
 
@@ -290,6 +409,49 @@ def test_mla_reads_what_its_floor_counts() -> None:
     assert sorted(pages.kv_indices) == list(range(6))
     assert not np.array_equal(pages.kv_indices, problem.launches[1].args[2].kv_indices)  # type: ignore[attr-defined]
     assert set(problem.variants) == {"pdl_us"}
+
+
+@pytest.mark.parametrize("config", [c for c in SMALL if isinstance(c, CascadeConfig)], ids=lambda c: c.key)
+def test_cascade_variants_read_the_same_pages(config: CascadeConfig) -> None:
+    problem, inputs = small_problem(config)
+    assert inputs is None  # no peer is timed beside it
+    assert set(problem.variants) == {"plain_us", "cascade_us"}
+    auto, plain, forced = (x[0] for x in (problem.launches, *problem.variants.values()))
+    assert auto.args[:2] == plain.args[:2] == forced.args[:2]  # type: ignore[attr-defined]
+    assert plain.args[2].kv_lens.tolist() == list(config.step.lens)  # type: ignore[attr-defined]
+    levels = forced.args[2].levels  # type: ignore[attr-defined]
+    unique = sum(config.step.lens) - config.repeated_tokens
+    assert sum(int(pages.kv_lens.sum()) for pages, _ in levels) == unique
+    assert len(set(plain.args[2].kv_indices.tolist())) == config.num_pages  # type: ignore[attr-defined]
+    assert problem.facts["cascade_groups"] == [pages.batch_size for pages, _ in levels]
+    groups = problem.facts["groups"]
+    assert groups == [pages.batch_size for pages, _ in auto.args[2].levels]  # type: ignore[attr-defined]
+    assert (len(groups) > 1) == (problem.facts["saving_us"] > 0) == (config.step.batch == 8)
+    assert repr(problem.host["levels_us"]().levels) == repr(auto.args[2])  # type: ignore[attr-defined]
+
+
+def test_cascade_checks_more_requests() -> None:
+    assert len(rows.chosen_requests(TOOLS)) >= 10
+    assert rows.chosen_requests(TOOLS) > rows.chosen_requests(TOOLS.step)
+    problem, _ = small_problem(configs.sharing(configs.equal(8, 40, 2, 1), 32))
+    for launch in problem.launches:
+        launch()
+    problem.check()
+    out = problem.launches[-1].keywords["out"]  # type: ignore[attr-defined]
+    out[5] = out[4]  # neither the first nor the last
+    with pytest.raises(AssertionError, match=r"limit 5e-03"):
+        problem.check()
+
+
+def test_largest_rows_have_one_set() -> None:
+    pool = rows.Pool(np, [SEED], l2_bytes=0, seed=0)
+    pool.l2_bytes = 50 << 20
+    large = [config for config in configs.PAGED_GRID if pool._most_sets(config) == 1]
+    assert {config.key for config in large} == {
+        "mooncake_conversat@700 b128 32q/32kv sum1861k uniq1789k",
+        "mooncake_conversat@3000 b512 32q/8kv sum7052k uniq6129k",
+    }
+    assert max(4 * pool._elements(config) for config in configs.GRID) < configs.MOST_BYTES
 
 
 def test_dense_inputs_are_the_same_memory() -> None:
@@ -403,6 +565,16 @@ def test_measure_checks_variants_too(monkeypatch: pytest.MonkeyPatch) -> None:
         timing.measure(problem, FakeRunner())
 
 
+def test_measure_reads_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cupy", FakeCuda())
+    calls: list[Any] = []
+    problem = fake_problem(calls, lambda: {"rel_err": 0.0})
+    problem.host = {"levels_us": partial(calls.append, "levels")}
+    assert timing.measure(problem, FakeRunner())["levels_us"] >= 0
+    assert calls.count("levels") == 15
+    assert "levels_us" not in timing.measure(problem, FakeRunner(), only_cold=True)
+
+
 def test_host_time_does_not_wait_for_the_device() -> None:
     events: list[str] = []
 
@@ -431,6 +603,7 @@ def test_roof_takes_the_larger_of_both_floors() -> None:
     roof = timing.Roof(read_gbs=3000.0, matmul_tflops=800.0)
     assert roof.floor_us(3 * 10**9, 1) == pytest.approx(1000)
     assert roof.floor_us(1, 8 * 10**11) == pytest.approx(1000)
+    assert roof.floor_us(1, 8 * 10**11, matmul_share=0.5) == pytest.approx(2000)
 
 
 @pytest.mark.parametrize(
@@ -529,6 +702,10 @@ def synthetic_row(config: configs.Config, of_roof: float = 0.9, sdpa: float | No
 
 def timed_row(config: configs.Config, cold_us: float, **figures: Any) -> dict[str, Any]:
     return {**synthetic_row(config, of_roof=config.num_bytes / 3e6 / cold_us), **figures}
+
+
+def cascade_row(config: configs.Config, auto: float, plain: float, forced: float) -> dict[str, Any]:
+    return timed_row(config, auto, plain_us=plain, cascade_us=forced, levels_us=500.0, groups=[1, 8])
 
 
 def synthetic_record(found: list[dict[str, Any]], device: str = "NVIDIA H100 80GB HBM3") -> dict[str, Any]:
@@ -684,6 +861,47 @@ def test_mla_twins_and_skewed_row() -> None:
     assert found["rows"][0]["missed"] == ["MLA skewed"]
 
 
+def test_cascades_are_held_to_plain_and_forced() -> None:
+    for auto, plain, ok in ((10.3, 10.0, True), (10.31, 10.0, False)):
+        assert verdict([cascade_row(SEED, auto, plain, 10.0)], "auto/plain")["ok"] is ok
+    for auto, forced, ok in ((10.5, 10.0, True), (10.51, 10.0, False)):
+        assert verdict([cascade_row(SEED, auto, 20.0, forced)], "auto/forced")["ok"] is ok
+    chat = [cascade_row(CHAT, 103.1, 100.0, 100.0), cascade_row(TOOLS, 110.0, 100.0, 110.0)]
+    assert verdict(chat, "conversation")["row"] == CHAT.key
+    assert verdict(chat, "conversation")["num_rows"] == 1
+    assert verdict(chat, "auto/plain")["num_met"] == 0
+    for name in ("must", "goal", "paged", "SDPA", "ragged", "MLA must", "host"):
+        assert verdict(chat, name)["ok"] is None
+    assert verdict([timed_row(SEED, 8.0)], "auto/plain")["ok"] is None  # a record without the variants
+
+
+def test_cascades_have_limits_of_their_own() -> None:
+    floor_us = SEED.num_bytes / 3e6
+    for us, ok in ((1.2 * floor_us + 7.99, True), (1.2 * floor_us + 8.01, False)):
+        assert verdict([timed_row(SEED, us)], "cascade must")["ok"] is ok
+    named = zip(rules.CASCADE_LIMITS_US, (8.0, 14.0, 16.0, 48.0), strict=True)
+    for key, us in named:
+        assert verdict([timed_row(cascade_of(key), us - 1e-3)], "named")["ok"] is True
+        assert verdict([timed_row(cascade_of(key), us + 0.1)], "named")["ok"] is False
+    mla = cascade_of(rules.CASCADE_MLA_KEY)
+    assert verdict([cascade_row(mla, 100.0, 301.0, 100.0)], "MLA/plain")["ok"] is True
+    assert verdict([cascade_row(mla, 100.0, 299.0, 100.0)], "MLA/plain")["ok"] is False
+    assert verdict([timed_row(SEED, 13.5)], "peer")["ok"] is True  # the fastest decodes without a cascade
+    assert verdict([timed_row(SEED, 13.6)], "peer")["ok"] is False
+
+
+def test_cascade_floor_is_unique_bytes_or_half_the_matrix_rate() -> None:
+    (case,) = rules.cases(synthetic_record([timed_row(TOOLS, 900.0)]))
+    assert case.floor_us == pytest.approx(TOOLS.num_bytes / 3e6)
+    mla = cascade_of(rules.CASCADE_MLA_KEY)
+    (case,) = rules.cases(synthetic_record([timed_row(mla, 900.0)]))
+    assert case.floor_us == pytest.approx(mla.flops / 400e6)
+    for of_roof, ok in ((0.86, True), (0.84, False)):
+        assert verdict([synthetic_row(TOOLS, of_roof)], "tool-agent")["ok"] is ok
+    many_heads = cascade_of("mooncake_toolagent@0 b93 h128 sum727k uniq465k")
+    assert verdict([synthetic_row(many_heads, 0.3), synthetic_row(CHAT, 0.3)], "tool-agent")["ok"] is None
+
+
 def test_host_time_has_a_limit() -> None:
     config = configs.equal(1, 1024, 8, 1)
     assert verdict([timed_row(config, 5.0)], "host")["ok"] is None
@@ -820,6 +1038,22 @@ def test_mla_table_stands_beside_the_peers() -> None:
     assert skewed[-1] == "44.000"
 
 
+def test_cascade_table_has_all_three_times() -> None:
+    found = synthetic_record([cascade_row(SEED, 7.5, 7.6, 8.0), cascade_row(TOOLS, 700.0, 1000.0, 690.0)])
+    text = report.markdown(found)
+    (table,) = [part.splitlines() for part in text.split("\n\n") if part.startswith("| configuration")]
+    titles, _, seed, tools = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    row = dict(zip(titles, seed, strict=True))
+    times = {title: row[title] for title in ("cold us", "plain us", "forced us", "levels us")}
+    assert times == {"cold us": "7.5", "plain us": "7.6", "forced us": "8.0", "levels us": "500.0"}
+    assert (row["groups"], row["TFLOP/s"]) == ("1 + 8", "18")
+    assert row["best paged peer us"] == "13.5 flashinfer-tc *"
+    assert (row["auto/plain"], row["auto/forced"], row["named"]) == ("0.987", "0.938", "0.938")
+    assert "conversation" not in titles  # of no row
+    assert tools[titles.index("tool-agent")] == "0.908"
+    assert " cold     7.5 plain     7.6 cascade     8.0" in record.line(found["rows"][0])
+
+
 def test_every_group_is_reported() -> None:
     found = [timed_row(c, 9.0) if isinstance(c, DecodeConfig) else synthetic_row(c) for c in configs.GRID]
     text = report.markdown(synthetic_record(found))
@@ -869,6 +1103,52 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
         assert not misses(out, lse, (wanted[..., :512], wanted_lse), problem.dtype, np), name
     assert heads == {16, 24, 32, 40, 128}
     assert len(names) == 2 * 5 * (2 * 2 + 2)
+
+
+def test_sanitizer_cascades_run_every_instance() -> None:
+    from device import attend, misses
+
+    from bench.sanitize import cascade_problems
+    from cupyattn import kernels
+
+    per_sm = kernels.shared_bytes_per_sm("sm_90")
+    seen = set()
+    for name, cascade in cascade_problems():
+        problem, levels = cascade.problem, cascade.levels
+        kind = next(kind for kind in ("short", "long", "many") if kind in name)
+        node_bytes = 16 * sum(pages.batch_size for pages, _ in levels.levels)
+        if problem.ckv_dim is None:
+            config = kernels.cascade_config("sm_90", problem.head_dim, ())
+            template = kernels.decode_template(problem.dtype, problem.head_dim, config)
+            instance = "decode_cascade", *template
+            used = config.shared_bytes_per_sm(problem.head_dim) + config.ctas_per_sm * node_bytes
+        else:
+            mla = kernels.mla_sm90_cascade_config((), 132)
+            if mla is None:
+                mla = kernels.mla_config("sm_90a", 16)
+                instance = "mla_cascade", *kernels.mla_template(problem.dtype, mla)
+            else:
+                instance = "mla_sm90_cascade", kernels.CUDA_TYPES[problem.dtype], mla.tile_q
+            used = mla.shared_bytes + kernels._STATIC_SHARED_BYTES + 1024 + node_bytes
+        assert (used > per_sm) == (kind == "many"), name  # nodes lie in global memory then
+        seen.add((instance, kind))
+        if kind == "short" and problem.dtype == "bfloat16":
+            out, lse = (a[cascade.rows] for a in cascade.call(return_lse=True))
+            assert not misses(out, lse, attend(cascade.plain), problem.dtype, np), name
+    instances = {
+        (spec.name, *template[:-1])
+        for spec, arch in (
+            (kernels.DECODE_CASCADE, "sm_90"),
+            (kernels.MLA_CASCADE, "sm_90a"),
+            (kernels.MLA_SM90_CASCADE, "sm_90a"),
+        )
+        for template in spec.instances(arch)
+    }
+    bfloat16 = kernels.CUDA_TYPES["bfloat16"]
+    many = {one for one in instances if one[1] == bfloat16 and one[0] != "mla_cascade"}
+    kinds = {(one, "short") for one in instances}
+    kinds |= {(one, "long") for one in instances if one[1] == bfloat16}
+    assert seen == kinds | {(one, "many") for one in many}
 
 
 def test_sanitizer_findings_are_counted_by_kernel() -> None:

@@ -219,8 +219,10 @@ def test_one_level_is_decode(kind):
         p = problem_of([70, 0, 97, 5], qo_lens=qo_lens, window_left=window_left, **sizes)
         options = {name: value for name, value in p.options.items() if name != "qo_indptr"}
         levels = [(p.pages, p.qo_indptr)]
-        out, lse = cupyattn.cascade_decode(p.q, p.cache, levels, return_lse=True, **options)
-        assert_state(out, lse, oracle(p), p.dtype)
+        in_order = np.arange(len(p.q), dtype=np.int32)  # with it, the cascade's own way
+        for made in (levels, CascadeLevels(levels), CascadeLevels(levels, q_indices=in_order)):
+            out, lse = cupyattn.cascade_decode(p.q, p.cache, made, return_lse=True, validate=True, **options)
+            assert_state(out, lse, oracle(p), p.dtype)
         wanted, wanted_lse = p.call(p.decode, return_lse=True)
         assert_close(out, wanted.astype(np.float64), TOLERANCE[p.dtype] / 2)
         assert_close(lse, wanted_lse.astype(np.float64), 1e-6, "lse")

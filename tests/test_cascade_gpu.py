@@ -19,6 +19,7 @@ from cascade_problems import (
     build_cascade,
     cascade_bytes,
     check_cascade,
+    tile_rows,
 )
 from device import (
     assert_right,
@@ -107,6 +108,30 @@ def test_every_structure_of_mla(xp, num_heads, qo_len):
         if qo_len == 2 and STRUCTURES[name].get("qo_lens") is None:
             arguments["qo_lens"] = [2] * len(STRUCTURES[name]["own_lens"])
         check_cascade(build(xp, name, **arguments), (name, arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("tile_q", [16, 32, 64])
+def test_every_tile(gpu, tile_q, head_dim):
+    """The same whatever shape is chosen: fewer rows a tile than a group has, or more."""
+    if head_dim > 128 and tile_q > 32:
+        pytest.skip("there is no such shape")
+    with tile_rows(tile_q):
+        for i, name in enumerate(STRUCTURES):
+            check_cascade(build(gpu, name, head_dim=head_dim, dtype=DTYPES[i % 2], seed=i), (name, tile_q))
+        if head_dim == 128:
+            for name, arguments in large(gpu).items():
+                check_cascade(build_cascade(**arguments, xp=gpu), (name, tile_q))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_q", [None, 16, 32, 64, 128])
+def test_every_tile_of_mla(gpu, tile_q):
+    with tile_rows(tile_q):
+        for i, name in enumerate(STRUCTURES):
+            arguments = sizes(gpu, "mla", num_heads=(8, 16, 24)[i % 3], dtype=DTYPES[i % 2], seed=i)
+            check_cascade(build(gpu, name, **arguments), (name, tile_q))
 
 
 # -- large ones --
@@ -297,7 +322,12 @@ def test_one_level_is_decode(xp, kind):
         def one_level(q, cache, pages, *, qo_indptr, **options):
             return cupyattn.cascade_decode(q, cache, [(pages, qo_indptr)], **options)
 
+        def in_order(q, cache, pages, *, qo_indptr, **options):
+            levels = CascadeLevels([(pages, qo_indptr)], q_indices=xp.arange(len(q), dtype=np.int32))
+            return cupyattn.cascade_decode(q, cache, levels, **options)
+
         check(p, (qo_lens, window_left, kv_len), decode=one_level)
+        check(p, (qo_lens, window_left, kv_len), decode=in_order)
 
 
 def test_forms_of_the_query_of_mla(xp):
@@ -370,6 +400,27 @@ def test_workspace_is_left_zero(xp):
         if i % 4 < 2:
             check(others[i % 4], i, workspace=workspace)
             assert workspace is None or is_zeroed(workspace), i
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared_len", [40, 9000])
+def test_a_group_may_have_tokens_of_nobody(xp, kind, shared_len):
+    """They leave states too (in homes, and in slots), which must not stay for the next launch."""
+    shared = [([3], [size(xp, shared_len, 40)])]
+    cascade = build_cascade(
+        [5, 300, 0, 2], shared, qo_lens=[1, 2, 0, 1], lead=2, padding=3, **sizes(xp, kind), xp=xp
+    )
+    workspace = workspace_for(cascade)
+    expected = cascade_bytes(cascade, workspace=workspace)
+    qo_indptr = cascade.levels.levels[0][1]
+    bounds = to_host(qo_indptr).tolist()
+    qo_indptr[0], qo_indptr[-1] = 0, len(cascade.problem.q)
+    for _ in range(3):
+        out, lse = cascade.call(return_lse=True, workspace=workspace)
+        assert workspace is None or is_zeroed(workspace)
+        assert_right(out[cascade.rows], lse[cascade.rows], attend(cascade.plain), cascade.problem.dtype, kind)
+    qo_indptr[0], qo_indptr[-1] = bounds[0], bounds[-1]
+    assert cascade_bytes(cascade, workspace=workspace) == expected
 
 
 @pytest.mark.gpu

@@ -26,6 +26,13 @@ def test_docstring_examples(name: str) -> None:
     assert failed == 0
 
 
+def test_examples_in_notes() -> None:
+    notes = Path(__file__).resolve().parent.parent / "bench" / "CASCADE.md"
+    failed, tried = doctest.testfile(str(notes), module_relative=False, globs=dict(vars(cupyattn)))
+    assert tried
+    assert failed == 0
+
+
 def test_public_names_have_docstrings() -> None:
     for name in cupyattn.__all__:
         assert (getattr(cupyattn, name).__doc__ or "").strip(), name

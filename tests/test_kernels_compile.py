@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from cupyattn.kernels import _STATIC_SHARED_BYTES
 from cupyattn.runtime import CI_ARCHS, Build, get_spec, list_kernels
 
 pytestmark = pytest.mark.slow
@@ -47,6 +48,8 @@ def built(request: pytest.FixtureRequest) -> Iterator[Callable[[Instance], Build
 def test_compiles_without_spills(instance: Instance, built: Callable[[Instance], Build]) -> None:
     result = built(instance)
     assert result.resources.spills == 0, result.log
+    if instance[1] != "mla_sm90" and instance[1] != "mla_sm90_cascade":  # which take an SM alone
+        assert result.resources.static_smem <= _STATIC_SHARED_BYTES
     assert "warning" not in result.log.lower(), result.log
     # What ptxas says of products that it must not let overlap, and of waits that it had to add.
     assert not re.search(r"wgmma.*serialized|wait is injected", result.log), result.log

@@ -8,17 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cupyattn
+from cupyattn import CascadeLevels, PageTable
 from cupyattn.__main__ import main
 from cupyattn.kernels import decode_config
 from cupyattn.schedule import (
     Partition,
     Request,
     Segment,
+    cascade_schedule,
     decode_schedule,
     draw_schedule,
     schedule_figures,
@@ -278,6 +281,32 @@ def test_cli_cuts_rows_as_decode_does(
     """32 rows are 4 tiles of 8 in so small a step; but one with fixed splits, which must not depend on the batch."""
     assert main(["schedule", "--lens", "1000", "--num-qo-heads", "32", *options]) == 0
     assert re.search(rf"^CTAs +{ctas} of ", capsys.readouterr().out, re.MULTILINE)
+
+
+@given(problems(), st.lists(st.lists(st.integers(0, 600), max_size=4), max_size=3), st.data())
+def test_a_cascade_is_the_schedule_of_its_groups(
+    problem: dict[str, Any], shared_lens: list[list[int]], data: st.DataObject
+) -> None:
+    def level(lens: list[int], qo_indptr: list[int] | None) -> tuple[PageTable, np.ndarray | None]:
+        arrays = (np.array(a, np.int32) for a in ([0] * (len(lens) + 1), [], lens))
+        return PageTable(*arrays), None if qo_indptr is None else np.array(qo_indptr, np.int32)
+
+    kv_lens, qo_lens = problem.pop("kv_lens"), problem.pop("qo_lens")
+    problem.pop("fixed_split_size")
+    ends = [0, *itertools.accumulate(qo_lens or [1] * len(kv_lens))]
+    levels, all_kv_lens, all_qo_lens = [], [], []
+    for lens in shared_lens:
+        borders = sorted(data.draw(st.sampled_from(ends)) for _ in range(len(lens) + 1))
+        levels.append(level(lens, borders))
+        all_kv_lens += lens
+        all_qo_lens += [
+            b - a if kv_len else 0 for (a, b), kv_len in zip(itertools.pairwise(borders), lens, strict=True)
+        ]
+    levels.append(level(kv_lens, None if qo_lens is None else ends))
+    expected = decode_schedule(
+        all_kv_lens + kv_lens, qo_lens=all_qo_lens + (qo_lens or [1] * len(kv_lens)), **problem
+    )
+    assert cascade_schedule(CascadeLevels(levels), **problem) == expected
 
 
 def test_cli_says_the_figures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,15 @@ struct CascadeProblem {
     nodes[node] = {request.qo_begin, request.qo_len, request.kv_len, unit};
   }
 
+  template <typename Request>
+  __device__ __forceinline__ Request noted(int node) const {
+    const Node noted = nodes[node];
+    Request request;
+    request.qo_begin = noted.qo_begin, request.qo_len = noted.qo_len, request.kv_len = noted.kv_len;
+    request.find_begin(window_left);
+    return request;
+  }
+
   // The node of a level that a token is in, or -1.
   __device__ __forceinline__ int find(int level, int token) const {
     const int begin = levels.levels[level].first_node;
@@ -238,21 +247,22 @@ __device__ __forceinline__ CascadeProblem cascade_problem(void* workspace, void*
   return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, 0, 0};
 }
 
-// In shared memory, for kBuffers segments: where each row of the query tile stands, and which keys all rows see.
+// In shared memory, for kBuffers segments: where each row of the query tile stands, if that matters, and which keys all
+// rows see.
 template <int kTileQ, int kBuffers>
 struct Positions {
   int rows[kBuffers][kTileQ];
   int2 seen[kBuffers];  // first .. last
 
-  // Lanes of one warp.
-  template <typename Cursor>
+  // Lanes of one warp. kAlways: `rows` are read, not `at`, which takes more registers.
+  template <bool kAlways = false, typename Cursor>
   __device__ __forceinline__ void write(const CascadeProblem& problem, const Cursor& load, int buffer) {
     const int level = problem.level_of(load.request_idx);
     const int lane = lane_id();
     int first = 0;
     int last = load.request.kv_len - 1;
 #pragma unroll 1
-    for (int row = lane; row < kTileQ; row += 32) {
+    for (int row = lane; row < kTileQ && (kAlways || problem.has_masks()); row += 32) {
       const int position = problem.template position_of<kTileQ>(level, load, row);
       rows[buffer][row] = position;
       last = min(last, position);
@@ -261,6 +271,9 @@ struct Positions {
     first = __reduce_max_sync(0xffffffffu, first);
     last = __reduce_min_sync(0xffffffffu, last);
     if (lane == 0) seen[buffer] = make_int2(first, last);
+  }
+  __device__ __forceinline__ int at(const CascadeProblem& problem, int buffer, int row, int kv_len) const {
+    return problem.has_masks() ? rows[buffer][row] : kv_len - 1;
   }
   __device__ __forceinline__ bool all_see(int buffer, int first, int last) const {
     return seen[buffer].x <= first && last <= seen[buffer].y;
@@ -305,6 +318,7 @@ struct RowStates {
   int parts;         // log2
   int row_offset;    // of all slots and homes that are meant
   const Found* own;  // of the line
+  bool is_request;
   int num_states;
   int most_states;
 
@@ -319,6 +333,7 @@ struct RowStates {
   __device__ __forceinline__ int parts_log2() const { return parts; }
   __device__ __forceinline__ int count() const { return num_states; }
   __device__ __forceinline__ int most() const { return most_states; }
+  __device__ __forceinline__ bool has_result() const { return is_request; }
   template <int kCount>
   struct Lines {
     int at[kCount];
@@ -365,9 +380,7 @@ struct RowStates {
       const int index = problem.find(level, token);
       if (index >= 0) {
         const Node node = problem.nodes[index];
-        OneRequest request;
-        request.qo_begin = node.qo_begin, request.qo_len = node.qo_len, request.kv_len = node.kv_len;
-        request.find_begin(problem.window_left);
+        const OneRequest request = problem.template noted<OneRequest>(index);
         const int in_node = (token - node.qo_begin) * group_size + qo_head - kv_head * group_size;
         const int q_tile = in_node / kTileQ;
         const int num_units = request.num_units_in_group(problem);
@@ -385,9 +398,10 @@ struct RowStates {
     own = all;
     num_states = 0;
     for (int level = 0; level < num_levels; ++level) num_states += all[level].num_states;
-    const int last = all[num_levels - 1].num_states;
-    // A row that is in no request is nobody's; one with a single state has its result.
-    exists = exists && last > 0 && num_states > 1;
+    // A request that has a single state has its result. A row that is in no request may have states too, of groups in
+    // other levels: they are cleared, and nothing is written.
+    is_request = all[num_levels - 1].num_states > 0;
+    exists = exists && num_states > (is_request ? 1 : 0);
     if (!exists) num_states = 0;
     most_states = __reduce_max_sync(0xffffffffu, num_states);
     return exists;

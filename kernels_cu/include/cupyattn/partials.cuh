@@ -242,6 +242,8 @@ struct GroupStates {
   // States of that line, and of any line of the warp at most.
   __device__ __forceinline__ int count() const { return group.num_partials; }
   __device__ __forceinline__ int most() const { return group.num_partials; }
+  // Whether what they make is to be written.
+  __device__ __forceinline__ bool has_result() const { return true; }
   // Where states begin, begin + step, ... have the line, for `line_at` to say of each; those that do not exist are taken
   // for the last one. Here it is found anew each time, which takes no registers.
   struct Lines {
@@ -379,7 +381,7 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
         }
       }
     }
-    if (exists && part == 0) {
+    if (exists && part == 0 && states.has_result()) {
       const float inverse = state.inverse_sum();
       acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
       target.write(0, acc);

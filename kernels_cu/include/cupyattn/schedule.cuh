@@ -188,6 +188,17 @@ struct Cursor {
     request = Request<kTileKV, kTileQ, kFixedSplits>(problem, b);
     pages = problem.pages_of(b);
   }
+  // The same where a cascade has written down what there is.
+  template <typename Problem>
+  __device__ __forceinline__ void enter_noted(const Problem& problem, int b) {
+    if constexpr (Problem::kIsCascade) {
+      request_idx = b;
+      request = problem.template noted<Request<kTileKV, kTileQ, kFixedSplits>>(b);
+      pages = problem.pages_of(b);
+    } else {
+      enter(problem, b);
+    }
+  }
 
   // To the next tile.
   template <typename Problem>
@@ -205,7 +216,7 @@ struct Cursor {
     do {  // requests without query tokens, or with fewer tiles of them, have no groups
       const bool wraps = kQTilesOutermost && request_idx + 1 == problem.batch_size;
       if (wraps) ++q_tile;
-      enter(problem, wraps ? 0 : request_idx + 1);
+      enter_noted(problem, wraps ? 0 : request_idx + 1);
     } while (request.num_q_tiles(problem) <= q_tile);
   }
 };
