@@ -310,7 +310,7 @@ RULES = (
         at_least=True,
         of=CascadeConfig,
     ),
-    Rule(
+    Rule(  # the rows of "auto/plain" that share almost nothing, in a line of their own
         "conversation",
         "time / plain decode's, conversation batches",
         1.03,
