@@ -549,6 +549,16 @@ def test_the_order_is_that_of_the_batch_where_it_can_be():
 # --- block hashes --------------------------------------------------------------------------------------------------
 
 
+def test_pages_of_requests_outside_the_batch_are_not_read():
+    """With equal hashes pages differ; those of a request that is not in the batch may be gone by then."""
+    tree = PrefixTree(4)
+    for number, name in enumerate("abc"):
+        tree.add(name, [10 * number, 10 * number + 1, 10 * number + 2], 9, hashes=["x", "y"])
+    for rows, pages in (("abc", [0, 1]), ("bc", [10, 11]), ("cb", [20, 21])):
+        (shared, _), _ = tree.levels(rows, choose=always).levels.levels
+        assert shared.kv_indices.tolist() == pages
+
+
 def test_hashes_of_blocks():
     tree = PrefixTree(2, block_size=4)
     tree.add("a", [0, 1, 2, 3, 4], 9, hashes=[b"x", b"y"])
@@ -657,6 +667,17 @@ def test_what_pays():
     assert per_byte == pytest.approx((1 / 5.5e6, 1 / 3.05e6))
     # Products bind: 128 heads of latents save nothing by reading less.
     assert CascadeCost.mla(128).saving_us(64, 4096, 64) < 0 < CascadeCost.mla(16).saving_us(64, 4096, 64)
+
+
+def test_own_keys_of_latents_cost_too():
+    """A prefix that pays for few keys of the requests' own does not beside many."""
+    cost = CascadeCost.mla(16)
+    assert cost.launch_us(128, 128 * 512) == pytest.approx(12 + 128 * 512 * 0.15e-3)
+    few, many = (family(128, 4096, own, page_size=64).levels(choose=cost) for own in (512, 8192))
+    assert (few.levels.num_levels, many.levels.num_levels) == (2, 1)
+    free = replace(cost, own_us=0)
+    saved = family(128, 4096, 512, page_size=64).levels(choose=free).saving_us
+    assert saved - few.saving_us == pytest.approx(128 * 512 * 0.15e-3)
 
 
 def test_the_cost_of_a_group_grows_with_its_query_tokens():
@@ -802,6 +823,8 @@ def test_attention_over_the_levels_is_that_of_the_tables(qo_lens):
         (lambda t: t.levels(reserve_pages=2**30), ValueError, r"must have fewer than 2\*\*31 entries, got 214748365"),
         (lambda t: t.levels(choose=3), TypeError, "levels: choose must be a CascadeCost or callable, got int"),
         (lambda t: t.levels(choose=lambda *_: float("nan")), ValueError, "choose must return a number, got nan"),
+        (lambda t: CascadeCost.gqa(8, 0, 128), ValueError, "num_qo_heads must be .* multiple of num_kv_heads = 0"),
+        (lambda t: CascadeCost.gqa(8, 3, 128), ValueError, "num_kv_heads = 3, got 8"),
         (lambda t: CascadeCost(l2_rate=0), ValueError, "CascadeCost: l2_rate must be more than 0, got 0"),
         (lambda t: CascadeCost(fixed_us=-1), ValueError, "CascadeCost: fixed_us must be at least 0, got -1"),
         (lambda t: CascadeCost(hbm_rate=float("inf")), ValueError, "CascadeCost: hbm_rate must be"),

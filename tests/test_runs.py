@@ -87,6 +87,37 @@ def test_shapes_of_the_sm90_kernel():
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
 
 
+def test_shapes_for_cascades():
+    """What is there in (tiles of keys, rows) of each level decides; see the times in bench/NOTES.md."""
+
+    def tile_q(*levels):
+        return kernels.cascade_config("sm_90a", 128, levels).tile_q
+
+    assert tile_q((129, 512), (320, 8)) == 64  # 64 x (8192 + 256), 8/1: nearly all is shared
+    assert tile_q((147, 248), (7230, 8)) == 16  # the tool-agent batch: nearly nothing is
+    assert tile_q((33, 256), (768, 1)) == 64  # 256 x (2048 + 128), 8/8
+    assert tile_q((9, 64), (84, 4)) == 16  # 16 x (512 + 256), 32/8
+    assert tile_q((63, 8), (24, 1)) == 16  # one tile of rows has all
+    mla = kernels.mla_sm90_cascade_config
+    assert mla([(171, 2048), (1493, 16)], 132).tile_q == 128
+    assert mla([(11, 512), (8434, 16)], 132).tile_q == 16
+    assert mla([(10, 16), (10, 16)], 132) is None  # few enough for mla.cu
+    assert mla([(10, 16), (10, 17)], 132).tile_q > 16
+    for levels in ([(171, 2048), (1493, 16)], [(11, 512), (8434, 16)]):
+        assert mla(levels, 132).is_cascade
+        assert mla(levels, 132).word_flags
+
+
+@pytest.mark.parametrize("arch", CI_ARCHS)
+def test_every_choice_of_a_cascade_is_compiled_ahead(arch):
+    instances = set(kernels.DECODE_CASCADE.instances_for(arch))
+    for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
+        for own, rows in itertools.product((0, 10, 10**5), (1, 16, 17, 32, 33, 64, 4096)):
+            config = kernels.cascade_config(arch, head_dim, [(100, rows), (own, 1)])
+            template = kernels.decode_template(dtype, head_dim, config)
+            assert (*template, kernels.LEVELS) in instances
+
+
 @pytest.mark.parametrize("arch", CI_ARCHS)
 def test_every_choice_of_mla_decode_is_compiled_ahead(arch):
     instances = set(kernels.MLA_DECODE.instances_for(arch))
