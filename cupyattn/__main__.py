@@ -39,7 +39,14 @@ from .runtime import (
 )
 from .runtime.compiler import nvrtc
 from .runtime.registry import TemplateArg, UnknownKernel, get_spec
-from .schedule import Segment, cascade_schedule, decode_schedule, draw_schedule, schedule_figures
+from .schedule import (
+    Segment,
+    cascade_schedule,
+    choose_group_overhead,
+    decode_schedule,
+    draw_schedule,
+    schedule_figures,
+)
 
 Instance = tuple[KernelSpec, tuple[TemplateArg, ...], str]  # kernel, template arguments, arch
 
@@ -223,11 +230,15 @@ def _cascade(args: argparse.Namespace) -> int:
         tree.add(request, pages, kv_len, hashes=blocks)
     cost = CascadeCost.gqa(args.num_qo_heads, args.num_kv_heads, args.head_dim)
     levels, _, saving_us = tree.levels(choose=cost)
+    sizes = level_sizes(64, len(requests) * group_size, args.block_size, levels)
     if levels.num_levels == 1:
-        config = decode_config(args.arch, args.head_dim, group_size)
+        num_tiles = args.num_kv_heads * sizes[0][0]
+        config = decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms)
+        overhead = 0
     else:
-        sizes = level_sizes(64, len(requests) * group_size, args.block_size, levels)
         config = cascade_config(args.arch, args.head_dim, sizes)
+        num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
+        overhead = choose_group_overhead(config.group_overhead, num_tiles, config.ctas_per_sm * args.num_sms)
     segments = cascade_schedule(
         levels,
         num_kv_heads=args.num_kv_heads,
@@ -235,6 +246,7 @@ def _cascade(args: argparse.Namespace) -> int:
         tile_kv=config.tile_kv,
         tile_q=config.tile_q,
         max_ctas=config.ctas_per_sm * args.num_sms,
+        group_overhead=overhead,
     )
     num_tokens = sum(kv_len for kv_len, _ in requests)
     shared = [(qo_indptr, pages.kv_lens.tolist()) for pages, qo_indptr in levels.levels[:-1]]

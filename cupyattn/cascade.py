@@ -67,7 +67,8 @@ def cascade_decode(
         Where to write the log-sum-exp.
     workspace : array, uint8, optional
         From `decode_workspace`; by default each stream has one. See `decode`. Large batches need more than its default:
-        every level has 4 bytes for each element of `out`, behind the rest.
+        every level has 4 bytes for each element of `out`, behind the rest. So does MLA with more than 16 query rows a
+        group. `cascade_workspace_bytes` says how much.
     pdl : bool
         Programmatic dependent launch, as for `decode`: the kernel before must not write any array of `levels`.
     validate : bool
@@ -260,7 +261,7 @@ class _MLAPlan(_CascadePlan, mla.MLAPlan):
         config: kernels.MLAConfig | kernels.MLASm90Config | None = None
         num_rows = num_tokens * num_qo_heads
         if kernels.MLA_SM90_CASCADE.supports(properties.arch):
-            sizes = level_sizes(48, num_rows, cache.page_size, levels)
+            sizes = level_sizes(64, num_rows, cache.page_size, levels)
             config = kernels.mla_sm90_cascade_config(sizes, properties.num_sms)
         if config is not None:
             kernel = get_kernel(

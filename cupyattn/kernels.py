@@ -36,8 +36,8 @@ class DecodeConfig:
     tile_kv: int
     num_stages: int
     ctas_per_sm: int
-    cluster_size: ClassVar[int] = 1
-    word_flags: ClassVar[bool] = True
+    packs_states: ClassVar[bool] = False
+    group_overhead: ClassVar[int] = 0
 
     @property
     def num_threads(self) -> int:
@@ -139,7 +139,7 @@ def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
 _DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.15, 1.15), 64: (1.2, 1.0)}
-_MLA_TILE_COSTS = {16: (1.0, 1.0), 32: (1.2, 1.2), 64: (1.65, 1.5), 128: (1.9, 1.9)}
+_MLA_TILE_COSTS = {16: (1.0, 1.0), 32: (1.2, 1.15), 64: (1.5, 1.35)}
 
 
 def _cascade_cost(
@@ -213,8 +213,8 @@ class MLAConfig:
     tile_kv: int
     num_stages: int
     query_buffers: int
-    cluster_size: ClassVar[int] = 1
-    word_flags: ClassVar[bool] = True
+    packs_states: ClassVar[bool] = False
+    group_overhead: ClassVar[int] = 0
 
     @property
     def num_threads(self) -> int:
@@ -240,28 +240,29 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class MLASm90Config:
-    """A shape of the kernel of mla_sm90.cu, by the query rows of a tile."""
+    """A shape of the kernel of mla_sm90.cu, by the query rows of a tile.
+
+    `group_overhead` is what queries and states of a group of a cascade cost, in tiles (see bench/NOTES.md).
+    """
 
     tile_q: int
     is_cascade: bool = False
     num_threads: ClassVar[int] = 384
-    tile_kv: ClassVar[int] = 48
-    cluster_size: ClassVar[int] = 2
+    tile_kv: ClassVar[int] = 64
+    group_overhead: ClassVar[int] = 2
 
     @property
-    def word_flags(self) -> bool:
-        """As `Partials::kWordFlags`."""
-        return self.is_cascade or self.tile_q < 64
+    def packs_states(self) -> bool:
+        """Whether it leaves PackedPartials."""
+        return self.tile_q == 64 and not self.is_cascade
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: half rows of queries and tiles; of 8 warps, logits and rows of results."""
-        query_rows, num_stages, staging = (128, 4, 8 * 8 * 72 * 4) if self.tile_q > 64 else (64, 6, 0)
-        half_rows = (query_rows + num_stages * self.tile_kv) * sum(MLA_DIMS)
-        return half_rows + 8 * 16 * self.tile_kv * 4 + staging
+        """Dynamic shared memory of a CTA: queries and two tiles of keys, 64 rows each; weights."""
+        return 2 * (3 * 64 * sum(MLA_DIMS) + 64 * self.tile_kv)
 
 
-MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64, 128))
+MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64))
 
 
 def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | None:
@@ -272,20 +273,20 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
     rows : int
         Query rows (query tokens x heads) of a request.
     num_tiles : int
-        Tiles of 48 keys that all requests have room for.
+        Tiles of 64 keys that all requests have room for.
     num_sms : int
 
     Notes
     -----
     With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on both sides.
     """
-    if rows <= 16 and num_tiles <= 4 * num_sms:
+    if rows <= 16 and num_tiles <= 3 * num_sms:
         return None
     return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
 
 
 def mla_sm90_cascade_config(levels: Sequence[tuple[int, int]], num_sms: int) -> MLASm90Config | None:
-    """Choose the shape for a cascade whose levels have so many tiles of 48 keys, and query rows a group."""
+    """Choose the shape for a cascade whose levels have so many tiles of 64 keys, and query rows a group."""
     if all(mla_sm90_config(rows, num_tiles, num_sms) is None for num_tiles, rows in levels):
         return None
     tile_q = min(_MLA_TILE_COSTS, key=lambda tile_q: _cascade_cost(_MLA_TILE_COSTS, tile_q, levels))
@@ -414,7 +415,7 @@ DECODE = register_kernel(
     )
 )
 
-LEVELS_BYTES = 416  # of Levels in cascade.cuh
+LEVELS_BYTES = 424  # of Levels in cascade.cuh
 
 
 def _cascade(spec: KernelSpec, instances: Callable[[str], Iterator[tuple[str | int, ...]]]) -> KernelSpec:

@@ -175,7 +175,7 @@ class MLAPlan(AttentionPlan):
             arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
             config: kernels.MLAConfig | kernels.MLASm90Config | None = None
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
-                num_tiles = max_units(48, batch_size, True, 1, cache.page_size, pages)
+                num_tiles = max_units(64, batch_size, True, 1, cache.page_size, pages)
                 config = kernels.mla_sm90_config(rows, num_tiles, device_properties(self.device).num_sms)
             if config is not None:
                 kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)

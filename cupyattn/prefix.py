@@ -140,7 +140,7 @@ class CascadeCost:
             l2_rate=3.6e6,
             matmul_rate=235e6,
             fixed_us=12.0,
-            own_us=0.15e-3,
+            own_us=0.03e-3,
             rows_per_token=num_qo_heads,
         )
 

@@ -15,11 +15,13 @@ from cupyattn.levels import MAX_LEVELS, CascadeLevels
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.launch import Kernel, Launcher
 from cupyattn.runtime.workspace import default_workspace, zeroed
+from cupyattn.schedule import choose_group_overhead
 
 # What comes first in a workspace: Departures<TileInfo>::Memory of partials.cuh.
 _MAX_CTAS = 4096
 _TILE_INFO_BYTES = 64
 _DEPARTURES_BYTES = 16 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
+_LSE_SHARE = 16  # of a partial state's bytes: 4 for each line of 64, or 8 for each packed one of 128
 _MAX_SLOTS = 2**17  # partial states, with fixed splits: several GB
 _MAX_NODES = 2**15  # groups of all levels of a cascade
 _NODE_BYTES = 16  # of Node in cascade.cuh
@@ -41,12 +43,12 @@ class Tiles(Protocol):
         """Keys of a tile."""
 
     @property
-    def cluster_size(self) -> int:
-        """CTAs that share a run: each has as many of the result's columns."""
+    def packs_states(self) -> bool:
+        """Whether partial states are packed (see partials.cuh)."""
 
     @property
-    def word_flags(self) -> bool:
-        """Whether every word of a partial state says that it is there, else only the lse (see partials.cuh)."""
+    def group_overhead(self) -> int:
+        """What queries and states of a group of a cascade cost, in tiles."""
 
 
 class Runs:
@@ -111,22 +113,21 @@ class Runs:
         # CTAs without work only delay the next launch.
         per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
         most_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS)
-        num_ctas = min(most_ctas // tiles.cluster_size, num_units) * tiles.cluster_size
-        num_columns = head_dim // tiles.cluster_size
+        num_ctas = self._num_ctas = min(most_ctas, num_units)
         if num_slots is None:
             num_slots = 2 * num_ctas
-        self._slot_rows = num_slots * tiles.tile_q // tiles.cluster_size
-        state_bytes = (num_slots * tiles.tile_q + num_homes * tiles.cluster_size) * num_columns * 4
+        self._slot_rows = num_slots * tiles.tile_q
+        state_bytes = (self._slot_rows + num_homes) * _row_bytes(head_dim, tiles)
         layout = workspace_layout(kernel.device)
         self.needed_bytes = layout.end
-        if tiles.word_flags:
+        if tiles.packs_states:
+            self._state_offset, self._lse_offset = layout.scratch, _DEPARTURES_BYTES
+        else:
             # Fixed splits may need more than there is; then they lie behind all others.
-            fits = _DEPARTURES_BYTES + state_bytes + _lse_bytes(state_bytes, True) <= layout.scratch
+            fits = _DEPARTURES_BYTES + state_bytes + state_bytes // _LSE_SHARE <= layout.scratch
             self._state_offset = _DEPARTURES_BYTES if fits else layout.end
             self._lse_offset = self._state_offset + state_bytes
-            self.needed_bytes = max(layout.end, self._lse_offset + _lse_bytes(state_bytes, True))
-        else:
-            self._state_offset, self._lse_offset = layout.scratch, _DEPARTURES_BYTES
+            self.needed_bytes = max(layout.end, self._lse_offset + state_bytes // _LSE_SHARE)
         self._prepare = functools.partial(
             kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes
         )
@@ -216,7 +217,8 @@ class CascadeRuns(Runs):
             for (pages, _), first_node in zip(levels.levels, first_nodes, strict=False)
         ]
         place = (shared_bytes, True) if in_shared else (workspace_layout(kernel.device).scratch, False)
-        self._totals = (levels.num_levels, num_nodes, num_tokens, self._slot_rows, *place)
+        overhead = choose_group_overhead(tiles.group_overhead, num_units, self._num_ctas)
+        self._totals = (levels.num_levels, num_nodes, num_tokens, self._slot_rows, overhead, *place)
 
     def pack(self, addresses: Sequence[int]) -> bytes:
         """Return Levels, of the addresses of the arrays of `CascadeLevels`."""
@@ -225,7 +227,7 @@ class CascadeRuns(Runs):
             for i, numbers in enumerate(self._numbers)
         )
         packed = packed.ljust(MAX_LEVELS * struct.calcsize("<4Q4i"), b"\0")
-        return packed + struct.pack("<Q4iIi", addresses[-1], *self._totals)
+        return packed + struct.pack("<Q5iIi4x", addresses[-1], *self._totals)
 
     def __call__(
         self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
@@ -313,7 +315,7 @@ def check_zeroed(caller: str, workspace: Any) -> None:
 def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     """Allocate a workspace for `decode` and `mla_decode`: for every call on that device without `fixed_split_size`.
 
-    And for `cascade_decode`, but for large batches.
+    And for `cascade_decode`, but for large batches, and for MLA with more than 16 rows of queries a group.
 
     It is zero at first, and launches leave zero what they need so. Launches that overlap in time must not share one:
     they would take each other's partial states, and may end in an error of the device.
@@ -329,7 +331,7 @@ def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     Returns
     -------
     cupy.ndarray, uint8
-        About 54 MB on an H100.
+        About 36 MB on an H100.
 
     Raises
     ------
@@ -369,12 +371,12 @@ def workspace_layout(device: int) -> WorkspaceLayout:
     most_zeroed, most_scratch = 0, _MAX_NODES * _NODE_BYTES
     for tiles, head_dim, shared_bytes in shapes:
         num_ctas = min(properties.max_shared_per_sm // shared_bytes * properties.num_sms, _MAX_CTAS)
-        state_bytes = 2 * num_ctas * tiles.tile_q * head_dim // tiles.cluster_size * 4
-        lse_bytes = _lse_bytes(state_bytes, tiles.word_flags)
-        if tiles.word_flags:
-            most_zeroed = max(most_zeroed, state_bytes + lse_bytes)
-        else:
+        state_bytes = 2 * num_ctas * tiles.tile_q * _row_bytes(head_dim, tiles)
+        lse_bytes = state_bytes // _LSE_SHARE
+        if tiles.packs_states:
             most_zeroed, most_scratch = max(most_zeroed, lse_bytes), max(most_scratch, state_bytes)
+        else:
+            most_zeroed = max(most_zeroed, state_bytes + lse_bytes)
     start = _DEPARTURES_BYTES + most_zeroed
     return WorkspaceLayout(start, start + most_scratch)
 
@@ -391,6 +393,6 @@ def is_zeroed(workspace: Any) -> bool:
         return not (workspace[: layout.scratch].any() or workspace[layout.end :].any())
 
 
-def _lse_bytes(state_bytes: int, word_flags: bool) -> int:
-    """Return the bytes of partial states' lse: a row's, once for each of its lines."""
-    return state_bytes // (16 if word_flags else 64)
+def _row_bytes(head_dim: int, tiles: Tiles) -> int:
+    """Return the bytes of a row of a partial state, without its lse."""
+    return head_dim * (2 if tiles.packs_states else 4)

@@ -94,9 +94,12 @@ class Request:
         """Tiles of `tile_q` query rows in each KV head. None without query tokens."""
         return _ceil_div(self.qo_len * group_size, tile_q)
 
-    def num_units(self, num_kv_heads: int, group_size: int, tile_q: int, unit_size: int) -> int:
-        """Units of the line: those of all its groups, `unit_size` keys each."""
-        return num_kv_heads * self.num_q_tiles(group_size, tile_q) * self.num_units_in_group(unit_size)
+    def num_units(
+        self, num_kv_heads: int, group_size: int, tile_q: int, unit_size: int, group_overhead: int = 0
+    ) -> int:
+        """Units of the line: those of all its groups, `unit_size` keys each, and what is before them."""
+        in_group = group_overhead + self.num_units_in_group(unit_size)
+        return num_kv_heads * self.num_q_tiles(group_size, tile_q) * in_group
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,9 @@ class Partition:
     num_ctas: int
 
     @classmethod
-    def of(cls, total: int, max_ctas: int) -> Partition:
-        """Cut `total` units into at most `max_ctas` runs, as short as these allow."""
-        quota = max(_ceil_div(total, max_ctas), 1)  # without any units, too: `cta_of` divides by it
+    def of(cls, total: int, max_ctas: int, least_quota: int = 1) -> Partition:
+        """Cut `total` units into at most `max_ctas` runs, as short as these and `least_quota` allow."""
+        quota = max(_ceil_div(total, max_ctas), least_quota)  # without any units, too: `cta_of` divides by it
         return cls(total, quota, _ceil_div(total, quota))
 
     def begin(self, cta: int) -> int:
@@ -181,6 +184,7 @@ def decode_schedule(
     qo_lens: Sequence[int] | np.ndarray | None = None,
     window_left: int = -1,
     fixed_split_size: int | None = None,
+    group_overhead: int = 0,
 ) -> list[Segment]:
     """Say which CTA of a decode step reads which keys.
 
@@ -205,6 +209,8 @@ def decode_schedule(
         Batch-invariant mode: every group is cut each so many tokens (`tile_kv` times a power of two), counted from
         the first key that its request sees, and runs are of whole splits. So where a request is cut does not
         depend on its neighbours, nor on `max_ctas`. By default cuts are where runs end.
+    group_overhead : int
+        Tiles that a group counts for besides its own, see `choose_group_overhead`; only without fixed splits.
 
     Returns
     -------
@@ -217,9 +223,9 @@ def decode_schedule(
     TypeError
         A count or a length is no integer.
     ValueError
-        A count is not positive, a length is negative, `window_left` is less than -1, `fixed_split_size` is not
-        `tile_kv` times a power of two, `kv_lens` or `qo_lens` is not a vector, they differ in size, or the line has
-        more than 2^31 - 1 tiles (or fixed splits).
+        A count is not positive, a length or `group_overhead` is negative, `window_left` is less than -1,
+        `fixed_split_size` is not `tile_kv` times a power of two or comes with `group_overhead`, `kv_lens` or
+        `qo_lens` is not a vector, they differ in size, or the line has more than 2^31 - 1 tiles (or fixed splits).
 
     Examples
     --------
@@ -252,6 +258,10 @@ def decode_schedule(
             f"decode_schedule: fixed_split_size must be tile_kv times a power of two, "
             f"got {unit_size} with tile_kv = {tile_kv}"
         )
+    if operator.index(group_overhead) < 0 or (fixed_splits and group_overhead):
+        raise ValueError(
+            f"decode_schedule: group_overhead must be 0 or more, and 0 with fixed splits, got {group_overhead}"
+        )
     all_kv_lens = _lengths("kv_lens", kv_lens)
     all_qo_lens = [1] * len(all_kv_lens) if qo_lens is None else _lengths("qo_lens", qo_lens)
     if len(all_qo_lens) != len(all_kv_lens):
@@ -263,18 +273,22 @@ def decode_schedule(
     requests = [
         Request(qo_len, kv_len, window_left) for qo_len, kv_len in zip(all_qo_lens, all_kv_lens, strict=True)
     ]
-    total = sum(request.num_units(**counts, unit_size=unit_size) for request in requests)
+    total = sum(
+        request.num_units(**counts, unit_size=unit_size, group_overhead=group_overhead)
+        for request in requests
+    )
     if total > _MAX_UNITS:
         units = "splits" if fixed_splits else "tiles"
         raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 {units}, got {total}")
-    partition = Partition.of(total, max_ctas)
+    partition = Partition.of(total, max_ctas, group_overhead + 1)  # every run has a tile
     segments = []
     unit = 0
     for request_idx, request in enumerate(requests):
         num_units = request.num_units_in_group(unit_size)
         num_q_tiles = request.num_q_tiles(group_size, tile_q)
         for kv_head, q_tile in itertools.product(range(num_kv_heads), range(num_q_tiles)):
-            group_begin, group_end = unit, unit + num_units
+            group_begin = unit + group_overhead
+            unit, group_end = group_begin, group_begin + num_units
             while unit < group_end:
                 cta = partition.cta_of(unit)
                 end = unit + 1 if fixed_splits else min(partition.begin(cta + 1), group_end)
@@ -295,13 +309,14 @@ def cascade_schedule(
     tile_q: int,
     max_ctas: int,
     window_left: int = -1,
+    group_overhead: int = 0,
 ) -> list[Segment]:
     """Say which CTA of a cascade reads which keys: on its line, the groups of all levels are the requests.
 
     Parameters
     ----------
     levels : CascadeLevels
-    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left
+    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left, group_overhead
         As for `decode_schedule`.
 
     Returns
@@ -338,8 +353,36 @@ def cascade_schedule(
         kv_lens.append(lens)
     return decode_schedule(
         np.concatenate(kv_lens), qo_lens=np.concatenate(qo_lens), num_kv_heads=num_kv_heads, group_size=group_size,
-        tile_kv=tile_kv, tile_q=tile_q, max_ctas=max_ctas, window_left=window_left,
+        tile_kv=tile_kv, tile_q=tile_q, max_ctas=max_ctas, window_left=window_left, group_overhead=group_overhead,
     )  # fmt: skip
+
+
+def choose_group_overhead(most: int, num_tiles: int, max_ctas: int) -> int:
+    """Choose how many tiles a group of a cascade counts for besides its own.
+
+    A run that lies in many short groups (requests' own keys) loads many queries and leaves many states, and takes
+    longer than one inside a prefix. Where runs are long, that is made up for.
+
+    Parameters
+    ----------
+    most : int
+        What queries and states of a group cost, in tiles.
+    num_tiles : int
+        Tiles that all groups have room for.
+    max_ctas : int
+
+    Returns
+    -------
+    int
+        `most`, or where runs are short an eighth of their tiles: what counts for no tiles must not make them
+        longer. (By the room. Where there are far fewer keys, runs may have up to ``most + 1`` tiles all the same.)
+
+    Examples
+    --------
+    >>> choose_group_overhead(3, 5120, 132), choose_group_overhead(3, 1088, 132), choose_group_overhead(3, 384, 132)
+    (3, 1, 0)
+    """
+    return min(most, -(-num_tiles // max_ctas) // 8)
 
 
 def schedule_figures(segments: Sequence[Segment]) -> ScheduleFigures:

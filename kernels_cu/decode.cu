@@ -399,14 +399,15 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     };
     if constexpr (kUsesWgmma) {
       // S = Q K^T
-      const u32 smem_q_tile = smem_address_of(smem_q) + tile.q_buffer * kQueryBytes;
+      const Operand q_operand =
+          swizzled_operand(uniform(smem_address_of(smem_q) + tile.q_buffer * kQueryBytes), 0);
+      const Operand k_operand = swizzled_operand(uniform(smem_k), 0);
       float s[kTileKV / 2];  // [kTileKV / 8][4], see wgmma.cuh
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kDimSteps; ++step) {
         const u32 in_blocks = step / 4 * Layout::kBlockBytes + step % 4 * 32;
-        wgmma_ss<T>(s, advance(swizzled_operand(smem_q_tile, 0), in_blocks),
-                    advance(swizzled_operand(smem_k, 0), in_blocks), step > 0);
+        wgmma_ss<T>(s, advance(q_operand, in_blocks), advance(k_operand, in_blocks), step > 0);
       }
       wgmma_commit();
       wgmma_wait<0>();
@@ -458,11 +459,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         for (int i = 0; i < kHeadDim / 2; ++i) wide_acc[i] *= factor[i / 2 % 2];
       }
       // O += P V
+      const Operand v_operand = swizzled_operand(uniform(smem_v), Layout::kBlockBytes);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kTileKV / 16; ++step) {
-        wgmma_rs<T>(wide_acc, p[step],
-                    advance(swizzled_operand(smem_v, Layout::kBlockBytes), step * 16 * kBlockRowBytes));
+        wgmma_rs<T>(wide_acc, p[step], advance(v_operand, step * 16 * kBlockRowBytes));
       }
       wgmma_commit();
       wgmma_wait<0>();
@@ -716,7 +717,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   float* smem_scratch = reinterpret_cast<float*>(smem_kv);
   if constexpr (kIsCascade) {
-    if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition, 0, 0);
+    if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
     smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, smem_scratch);
     });

@@ -511,7 +511,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     clear();
   }
   if constexpr (kIsCascade) {
-    if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition, 0, 0);
+    if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
     smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share,
                                     reinterpret_cast<float*>(smem));

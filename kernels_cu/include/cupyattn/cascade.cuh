@@ -41,9 +41,10 @@ struct Levels {
   Level levels[kMaxLevels];
   const int* q_indices;  // [num_tokens] or null: the row of `q` and `out` of each token
   int num_levels;
-  int num_nodes;      // of all levels
-  int num_tokens;     // that `q` has room for
-  int num_slot_rows;  // rows of states before the first home
+  int num_nodes;       // of all levels
+  int num_tokens;      // that `q` has room for
+  int num_slot_rows;   // rows of states before the first home
+  int group_overhead;  // see CascadeProblem
   u32 nodes_offset;  // where nodes are written down, in bytes: of the CTA's shared memory, or of the workspace
   int nodes_in_shared;
 };
@@ -66,7 +67,8 @@ struct CascadeProblem {
   int num_kv_heads;
   Divisor group_size;
   int window_left;
-  int unit_shift;  // of fixed splits, which there are none of
+  int group_overhead;  // units before those of a group's tiles: what its queries and its states cost, in tiles
+  int unit_shift;      // of fixed splits, which there are none of
   int max_splits;
 
   __device__ __forceinline__ int level_of(int node) const {
@@ -244,7 +246,8 @@ __device__ __forceinline__ CascadeProblem cascade_problem(void* workspace, void*
                                                           const Levels& levels) {
   char* memory = static_cast<char*>(levels.nodes_in_shared ? smem : workspace);
   Node* nodes = reinterpret_cast<Node*>(memory + levels.nodes_offset);
-  return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, 0, 0};
+  return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, levels.group_overhead,
+          0,      0};
 }
 
 // In shared memory, for kBuffers segments: where each row of the query tile stands, if that matters, and which keys all
@@ -289,7 +292,7 @@ __device__ __forceinline__ auto result_row(const CascadeProblem& problem, const 
   const int in_request = tile.q_tile * kTileQ + row;
   const int token = problem.group_size.divide(in_request);
   const int head = tile.kv_head * problem.group_size.value + problem.group_size.modulo(in_request, token);
-  return output.row_of(problem.row_of(tile.qo_begin + token), head, dim + tile.first_column);
+  return output.row_of(problem.row_of(tile.qo_begin + token), head, dim);
 }
 template <typename T, int kTileQ>
 __device__ __forceinline__ void write_result(const CascadeProblem& problem, const Output<T, kTileQ>& output,
@@ -316,19 +319,17 @@ struct RowStates {
   const Partition& partition;
   Found* scratch;    // [kWarps * 8][kMaxLevels]
   int parts;         // log2
-  int row_offset;    // of all slots and homes that are meant
   const Found* own;  // of the line
   bool is_request;
   int num_states;
   int most_states;
 
   __device__ __forceinline__ RowStates(const CascadeProblem& problem, const Partition& partition,
-                                       int row_offset, int num_lines, float* scratch)
+                                       int num_lines, float* scratch)
       : problem(problem),
         partition(partition),
         scratch(reinterpret_cast<Found*>(scratch)),
-        parts(min(31 - __clz(kWarps * 8 / max(num_lines, 1) | 1), 3)),
-        row_offset(row_offset) {}
+        parts(min(31 - __clz(kWarps * 8 / max(num_lines, 1) | 1), 3)) {}
 
   __device__ __forceinline__ int parts_log2() const { return parts; }
   __device__ __forceinline__ int count() const { return num_states; }
@@ -384,13 +385,14 @@ struct RowStates {
         const int in_node = (token - node.qo_begin) * group_size + qo_head - kv_head * group_size;
         const int q_tile = in_node / kTileQ;
         const int num_units = request.num_units_in_group(problem);
-        const int first_unit =
+        const int group_begin =
             node.first_unit + (kv_head * request.num_q_tiles(problem) + q_tile) * num_units;
+        const int first_unit = group_begin + problem.group_overhead;
         const int first_cta = partition.cta_of(first_unit);
-        found.num_states = partition.cta_of(first_unit + num_units - 1) + 1 - first_cta;
-        found.slot_row = row_offset + (found.num_states == 1
-                                           ? problem.home_of(level, kv_head, node.qo_begin) + in_node - kTileQ
-                                           : 2 * first_cta * kTileQ + in_node % kTileQ);
+        found.num_states = partition.cta_of(group_begin + num_units - 1) + 1 - first_cta;
+        found.slot_row = found.num_states == 1
+                             ? problem.home_of(level, kv_head, node.qo_begin) + in_node - kTileQ
+                             : 2 * first_cta * kTileQ + in_node % kTileQ;
       }
       all[level] = found;
     }
@@ -419,9 +421,9 @@ __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const 
   const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
   const auto find = [&](int row, int dim) {
     const int token = static_cast<u32>(row) / num_qo_heads;
-    return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim + share.first_column);
+    return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
   };
-  const States states(problem, partition, share.state_row, share.end_line - share.first_line, scratch);
+  const States states(problem, partition, share.end_line - share.first_line, scratch);
   merge_lines<kThreads, 8>(partials, states, false, share.first_line, share.end_line, scratch, find);
 }
 

@@ -4,11 +4,12 @@
 // written as zero bits (+0 is written as -0): a word that is not zero is there. So readers need no fence, no counter
 // and no barrier, and merge what is there while they wait for the rest.
 //
-// Of large states that would cost too much: every word is written twice and asked for more than once. There only the
-// lse are such words, and *flags* for the rest, which is written before and need not be zero at first.
+// Of large states that would cost too much: every word is written twice and asked for more than once. They are *packed*:
+// columns of 16 bits, and a *flag* for every 64 of them, which alone is such a word; what it stands for is written before,
+// and need not be zero at first.
 //
-// A *line* is 16 columns of a row (64 bytes, four lanes with 16 each), or 64 where the lse are flags, and a copy of the
-// row's lse. The CTAs that share a group share its lines. Each takes its own when its run is done; it reads them in all
+// A *line* is 16 columns of a row (64 bytes, four lanes with 16 each), or 64 of a packed one, and a copy of the row's
+// lse. The CTAs that share a group share its lines. Each takes its own when its run is done; it reads them in all
 // states of the group and sets them back to zero, so that a captured graph can be replayed.
 //
 // Nobody waits before it has written all that others wait for, nor for a CTA that has not started: that one may need
@@ -79,17 +80,22 @@ __device__ __forceinline__ u64 atomic_cas(u64* gmem, u64 expected, u64 x) {
   return old;
 }
 
+__device__ __forceinline__ uint2 load_relaxed(const uint2* gmem) {
+  uint2 x;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(gmem) : "memory");
+  return x;
+}
+
 // Before a flag is written, and after one has been read.
 __device__ __forceinline__ void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ __forceinline__ bool is_there(float word) { return __float_as_uint(word) != 0; }
 __device__ __forceinline__ float never_zero_bits(float x) { return is_there(x) ? x : -0.0f; }
 
-// Scratch memory of a launch, by slots. Without kWordFlags only the lse are flags.
-template <int kHeadDim, int kTileQ, bool kWordFlags = true>
+// Scratch memory of a launch, by slots.
+template <int kHeadDim, int kTileQ>
 struct Partials {
-  static constexpr bool kHasWordFlags = kWordFlags;
-  static constexpr int kLineDims = kWordFlags ? 16 : 64;
+  static constexpr int kLineDims = 16;
   static constexpr int kRowLines = kHeadDim / kLineDims;
 
   float* out;       // [num_slots, kTileQ, kHeadDim]
@@ -108,22 +114,67 @@ struct Partials {
     return lse_log2 + static_cast<i64>(row) * kRowLines + dim / kLineDims;
   }
 
-  // Four columns of a row from `dim` on; without kWordFlags, its flags come later. Rows are counted over all slots.
+  // Four columns of a row from `dim` on. Rows are counted over all slots.
   __device__ __forceinline__ void write(int row, int dim, const float4& x, float row_lse_log2) const {
     write4(row_at(row) + dim, x);
-    if (kWordFlags && dim % kLineDims == 0) write_flag(row, dim, row_lse_log2);
+    if (dim % kLineDims == 0) write_lse(row, dim, row_lse_log2);
   }
 
   // The same in steps. First, in a row:
   __device__ __forceinline__ void write4(float* target, float4 x) const {
-    if (kWordFlags) {
-      x = make_float4(never_zero_bits(x.x), never_zero_bits(x.y), never_zero_bits(x.z), never_zero_bits(x.w));
-    }
+    x = make_float4(never_zero_bits(x.x), never_zero_bits(x.y), never_zero_bits(x.z), never_zero_bits(x.w));
     store_relaxed(reinterpret_cast<float4*>(target), x);
   }
-  // Then each line's lse; without kWordFlags, after a barrier of those who have written the line and fence_acq_rel.
-  __device__ __forceinline__ void write_flag(int row, int dim, float row_lse_log2) const {
+  // And each line's lse.
+  __device__ __forceinline__ void write_lse(int row, int dim, float row_lse_log2) const {
     store_relaxed(lse_at_row(row, dim), never_zero_bits(row_lse_log2));
+  }
+};
+
+// By what a warp's numbers are multiplied before they are packed, `factor` and a power of two, of which the latter is
+// returned: the largest then is near the top of what half_t holds, so that those up to 2^-29 of it are as exact, and
+// those of less than 2^-39 of it become 0. Infinities and NaN stay what they are.
+__device__ __forceinline__ float scale_to_pack(const float4& x, const float4& y, float factor) {
+  const float numbers[] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
+  constexpr u32 kInfinity = 0x7f800000;
+  u32 largest = 0;  // as bits, which are in the same order
+  bool all_finite = true;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const u32 bits = __float_as_uint(fabsf(numbers[i] * factor));
+    all_finite &= bits < kInfinity;
+    largest = max(largest, bits < kInfinity ? bits : 0);
+  }
+  const int exponent = static_cast<int>(__reduce_max_sync(0xffffffffu, largest) >> 23);
+  // Beside an infinity no more than 2^14: what it is to be multiplied by must not become 0 when it has been weighed.
+  const int most = __all_sync(0xffffffffu, all_finite) ? 253 : 127 + 14;
+  return __uint_as_float(static_cast<u32>(min(2 * 127 + 14 - exponent, most)) << 23);
+}
+__device__ __forceinline__ float reciprocal_of_power(float x) {
+  return __uint_as_float((254u << 23) - __float_as_uint(x));
+}
+
+// The same of packed states.
+template <int kHeadDim, int kTileQ>
+struct PackedPartials {
+  static constexpr int kLineDims = 64;
+  static constexpr int kRowLines = kHeadDim / kLineDims;
+
+  half_t* out;  // [num_slots, kTileQ, kHeadDim], to be multiplied by
+  // [num_slots, kTileQ, kRowLines]: low word the row's lse in base 2, high word the factor, which is not 0
+  u64* flags;
+
+  __device__ __forceinline__ int line_of(int slot, int line) const {
+    return slot * (kTileQ * kRowLines) + line;
+  }
+  __device__ __forceinline__ half_t* line_at(int line) const {
+    return out + static_cast<i64>(line) * kLineDims;
+  }
+  __device__ __forceinline__ half_t* row_at(int row) const { return out + static_cast<i64>(row) * kHeadDim; }
+  // After a barrier of those who have written the line and fence_acq_rel.
+  __device__ __forceinline__ void write_flag(int row, int dim, float row_lse_log2, float factor) const {
+    const u64 bits = static_cast<u64>(__float_as_uint(factor)) << 32 | __float_as_uint(row_lse_log2);
+    store_relaxed(flags + static_cast<i64>(row) * kRowLines + dim / kLineDims, bits);
   }
 };
 
@@ -404,20 +455,22 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
 // The sum over states of weight x line, for lines `line`, `line` + `line_step`, ... (kLines of those before
 // `end_line`) and states `part`, `part` + `num_parts`, ...; 16 lanes share a line.
 template <int kLines, int kStates, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void add_lines(const Partials<kHeadDim, kTileQ, false>& partials,
+__device__ __forceinline__ void add_lines(const PackedPartials<kHeadDim, kTileQ>& partials,
                                           const GroupSlots& group, const float* weights, int line,
                                           int line_step, int end_line, int part, int num_parts,
                                           float4 (&acc)[kLines]) {
 #pragma unroll 1
   for (int begin = part; begin < group.num_partials; begin += kStates * num_parts) {
-    float4 value[kLines][kStates];
+    uint2 value[kLines][kStates];
 #pragma unroll
     for (int j = 0; j < kStates; ++j) {
       const int state = begin + j * num_parts;
-      const float4* source = partials.line_at(partials.line_of(group.slot(state), 0)) + threadIdx.x % 16;
+      const uint2* source =
+          reinterpret_cast<const uint2*>(partials.line_at(partials.line_of(group.slot(state), 0))) +
+          threadIdx.x % 16;
 #pragma unroll
       for (int l = 0; l < kLines; ++l) {
-        value[l][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        value[l][j] = make_uint2(0, 0);
         if (state < group.num_partials && line + l * line_step < end_line) {
           value[l][j] = load_relaxed(source + (line + l * line_step) * 16);
         }
@@ -429,38 +482,42 @@ __device__ __forceinline__ void add_lines(const Partials<kHeadDim, kTileQ, false
       for (int l = 0; l < kLines; ++l) {
         const int state = min(begin + j * num_parts, group.num_partials - 1);
         const float weight = weights[l * line_step * group.num_partials + state];
-        acc[l].x += weight * value[l][j].x, acc[l].y += weight * value[l][j].y;
-        acc[l].z += weight * value[l][j].z, acc[l].w += weight * value[l][j].w;
+        const float2 first = unpack2(value[l][j].x);
+        const float2 second = unpack2(value[l][j].y);
+        acc[l].x += weight * first.x, acc[l].y += weight * first.y;
+        acc[l].z += weight * second.x, acc[l].w += weight * second.y;
       }
   }
 }
 
-// The same where only the lse are flags: first all of them, which become weights; then the lines, of which there is one
-// at least. `scratch`: 16 bytes a thread; for every line, and for every state of it, a float.
+// As merge_lines, of packed states: first all flags, which become weights; then the lines, of which there is one at
+// least. `scratch`: 16 bytes a thread; for every line a float, and for every state of it two.
 template <int kThreads, int kHeadDim, int kTileQ, typename Find>
-__device__ __forceinline__ void merge_flagged_lines(const Partials<kHeadDim, kTileQ, false>& partials,
-                                                    const GroupSlots& group, int first_line, int end_line,
-                                                    float* scratch, const Find& find) {
-  constexpr int kRowLines = Partials<kHeadDim, kTileQ, false>::kRowLines;
+__device__ __forceinline__ void merge_packed_lines(const PackedPartials<kHeadDim, kTileQ>& partials,
+                                                   const GroupSlots& group, int first_line, int end_line,
+                                                   float* scratch, const Find& find) {
+  constexpr int kRowLines = PackedPartials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kTeams = kThreads / 16;
   const int num_lines = end_line - first_line;
   const int num_states = group.num_partials;
   float4* sums = reinterpret_cast<float4*>(scratch);  // [kThreads]
   float* line_lse = scratch + kThreads * 4;           // [num_lines]
   float* weights = line_lse + num_lines;              // [num_lines][num_states]
+  float* factors = weights + num_lines * num_states;  // alike
 #pragma unroll 1
   for (int i = threadIdx.x; i < num_lines * num_states; i += kThreads) {
     const int state = static_cast<u32>(i) / static_cast<u32>(num_lines);
     const int line = i - state * num_lines;
-    float* flag = partials.lse_at(partials.line_of(group.slot(state), first_line + line));
-    float x = load_relaxed(flag);
-    for (int polls = 0; !is_there(x); ++polls) {
+    u64* flag = partials.flags + partials.line_of(group.slot(state), first_line + line);
+    u64 x = load_relaxed(flag);
+    for (int polls = 0; x == 0; ++polls) {
       if (polls > kPatience) __trap();
       if (polls >= kHotPolls) __nanosleep(100);
       x = load_relaxed(flag);
     }
-    store_relaxed(flag, 0.0f);
-    weights[line * num_states + state] = x;
+    store_relaxed(flag, 0);
+    weights[line * num_states + state] = __uint_as_float(static_cast<u32>(x));
+    factors[line * num_states + state] = __uint_as_float(static_cast<u32>(x >> 32));
   }
   fence_acq_rel();
   sync_threads<kThreads>();
@@ -489,7 +546,7 @@ __device__ __forceinline__ void merge_flagged_lines(const Partials<kHeadDim, kTi
       }
     }
     const float inverse = state.inverse_sum();
-    for (int j = lane; j < num_states; j += num_lanes) own[j] *= inverse;
+    for (int j = lane; j < num_states; j += num_lanes) own[j] *= inverse * own[num_lines * num_states + j];
     if (lane == 0) line_lse[line] = state.lse_log2();
   }
   sync_threads<kThreads>();

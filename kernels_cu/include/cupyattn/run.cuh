@@ -14,14 +14,13 @@ namespace cupyattn {
 struct alignas(16) TileInfo {
   int token_begin;  // its first key
   int kv_len;
-  u16 begins_segment;
-  u16 ends_segment;
+  int begins_segment;
+  int ends_segment;
   int q_buffer;  // where the segment's queries lie
   int q_tile;
   int kv_head;
   int qo_begin;
   int qo_len;
-  int first_column;  // of a row of the result: what the CTA has of it begins there
   // Where a segment ends:
   GroupSlots group;
   int state_row;  // where the segment's state goes: its first row (partials.cuh)
@@ -41,7 +40,7 @@ struct alignas(16) TileInfo {
     if (ends_segment) {
       const int unit = load.unit_in_group(problem);
       const int group_begin = load.unit - unit;
-      const int num_units = load.request.num_units_in_group(problem);
+      const int num_units = load.request.num_units_in_group(problem) - problem.group_overhead;
       const int part = kQTilesOutermost && partition.num_parts > 1 ? load.q_tile : 0;
       const int in_part = group_begin - part * partition.part_units;
       const int first_cta = part * partition.part_ctas + partition.cta_of(in_part);
@@ -85,6 +84,15 @@ __device__ __forceinline__ void store4(T* gmem, const float4& x) {
   *reinterpret_cast<uint2*>(gmem) = make_uint2(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w));
 }
 
+// At a global address, of which the compiler does not know that it is one.
+template <typename T>
+__device__ __forceinline__ void store4(u64 address, const float4& x) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+               :
+               : "l"(address), "r"(pack2<T>(x.x, x.y)), "r"(pack2<T>(x.z, x.w))
+               : "memory");
+}
+
 // Where results go.
 template <typename T, int kTileQ>
 struct Output {
@@ -94,7 +102,7 @@ struct Output {
   i64 lse_stride_token, lse_stride_head;
   Divisor group_size;
 
-  // One row of the tile, from `dim` on of what the CTA has of it.
+  // One row of the tile, from `dim` on.
   struct Row {
     T* out;
     float* lse;  // null where this part of the row does not write it
@@ -109,7 +117,7 @@ struct Output {
     const int token_in_request = group_size.divide(row_in_request);
     const i64 token = tile.qo_begin + token_in_request;
     const int head = tile.kv_head * group_size.value + group_size.modulo(row_in_request, token_in_request);
-    return row_of(token, head, dim + tile.first_column);
+    return row_of(token, head, dim);
   }
   __device__ __forceinline__ Row row_of(i64 token, int head, int dim) const {
     return {out + token * stride_token + head * stride_head + dim,
@@ -126,25 +134,28 @@ struct Output {
 };
 
 // This CTA's share of the group that `tile` has ended a segment of; threads 0 .. kThreads - 1 call it.
-// `scratch`: shared memory, 24 floats a warp; see merge_flagged_lines.
-template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ, bool kWordFlags>
-__device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ, kWordFlags>& partials,
+// `scratch`: shared memory, 24 floats a warp; of packed states, see merge_packed_lines.
+template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
                                             float* scratch) {
-  const auto find = [&](int row, int dim) { return output.row_at(tile, row, dim); };
-  if constexpr (kWordFlags) {
-    // Inside the loop there are fewer registers than at the end.
-    constexpr int kInFlight = kFixedSplits ? 4 : 8;
-    // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
-    const int num_lines = kFixedSplits ? 1 : tile.end_line - tile.first_line;
-    const bool wide = tile.group.num_partials > 64 * num_lines;
-    const GroupStates<Partials<kHeadDim, kTileQ>> states{partials, tile.group};
-    merge_lines<kThreads, kInFlight>(partials, states, wide, tile.first_line, tile.end_line, scratch, find);
-  } else {
-    static_assert(!kFixedSplits);
-    if (tile.first_line < tile.end_line) {
-      merge_flagged_lines<kThreads>(partials, tile.group, tile.first_line, tile.end_line, scratch, find);
-    }
+  // Inside the loop there are fewer registers than at the end.
+  constexpr int kInFlight = kFixedSplits ? 4 : 8;
+  // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
+  const int num_lines = kFixedSplits ? 1 : tile.end_line - tile.first_line;
+  const bool wide = tile.group.num_partials > 64 * num_lines;
+  const GroupStates<Partials<kHeadDim, kTileQ>> states{partials, tile.group};
+  merge_lines<kThreads, kInFlight>(partials, states, wide, tile.first_line, tile.end_line, scratch,
+                                   [&](int row, int dim) { return output.row_at(tile, row, dim); });
+}
+template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_share(const PackedPartials<kHeadDim, kTileQ>& partials,
+                                            const Output<T, kTileQ>& output, const TileInfo& tile,
+                                            float* scratch) {
+  static_assert(!kFixedSplits);
+  if (tile.first_line < tile.end_line) {
+    merge_packed_lines<kThreads>(partials, tile.group, tile.first_line, tile.end_line, scratch,
+                                 [&](int row, int dim) { return output.row_at(tile, row, dim); });
   }
 }
 
@@ -158,14 +169,11 @@ struct RunEnd {
   __device__ __forceinline__ void clear() { shared[threadIdx.x].num_sharers = 0; }
   // One thread, where a segment ends that is not all of its group.
   __device__ __forceinline__ void add(const TileInfo& tile) { shared[tile.first_line == 0] = tile; }
-  // One thread of a cascade's, instead: this CTA's lines of the whole result, whose states begin at `first_state_row`.
-  __device__ __forceinline__ void add_lines(int num_lines, const Partition& partition, int first_column,
-                                            int first_state_row) {
+  // One thread of a cascade's, instead: this CTA's lines of the whole result.
+  __device__ __forceinline__ void add_lines(int num_lines, const Partition& partition) {
     const int lines_each =
         static_cast<u32>(num_lines + partition.num_ctas - 1) / static_cast<u32>(partition.num_ctas);
     TileInfo share{};
-    share.first_column = first_column;
-    share.state_row = first_state_row;
     share.num_sharers = 2;
     share.first_line = min(partition.cta * lines_each, num_lines);
     share.end_line = min(share.first_line + lines_each, num_lines);

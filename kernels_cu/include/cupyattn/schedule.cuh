@@ -20,12 +20,15 @@
 // Groups of one request follow each other: by KV head, then by query tile. Where a request's query tiles read the same
 // keys and memory is the limit (kQTilesOutermost), all requests' first query tiles come first, then all second ones.
 // Where all requests have as many, the line is cut in as many equal *parts*, and each part alike into runs: then CTAs
-// that read the same keys do so at the same time, and L2 has them for all but one. (Sixteen tiles of 48 keys apart would
-// be too far: 66 clusters read 58 MB meanwhile.)
+// that read the same keys do so at the same time, and L2 has them for all but one. (Six tiles of 64 keys apart would be too
+// far: 132 CTAs read 58 MB meanwhile.)
 //
 // MLA's partial states, of 512 columns, cost as much as several tiles. So there (kQTilesOutermost too), where all groups
-// have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be: 64 groups of 86
-// tiles on 66 clusters are 64 runs of 86, not 65 of 84 and one of 44.
+// have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be: 128 groups of 64
+// tiles on 132 CTAs are 128 runs of 64, not 130 of 63 and one of 2.
+//
+// A group's queries and states cost something, too. A cascade's, of which a run in a prefix has one and a run in
+// requests' own keys has many, have units for that before those of their tiles (CascadeProblem::group_overhead).
 //
 // Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
@@ -42,6 +45,7 @@ namespace cupyattn {
 // requests are the groups of all levels.
 struct Problem {
   static constexpr bool kIsCascade = false;
+  static constexpr int group_overhead = 0;  // see CascadeProblem
 
   PageTable pages;
   const int* qo_indptr;  // [batch_size + 1], or null: one query token a request
@@ -106,7 +110,7 @@ struct Request {
   }
   template <typename Problem>
   __device__ __forceinline__ int num_units_in_group(const Problem& problem) const {
-    return kFixedSplits ? (num_tiles() - 1 >> problem.unit_shift) + 1 : num_tiles();
+    return kFixedSplits ? (num_tiles() - 1 >> problem.unit_shift) + 1 : problem.group_overhead + num_tiles();
   }
   template <typename Problem>
   __device__ __forceinline__ int num_units(const Problem& problem) const {
@@ -129,9 +133,9 @@ struct Partition {
   // Runs are equal, so there are no more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4.
   // There is less to merge than with 232 of 4 and 32 of 3, and runs of equal groups end where groups do.
   __device__ __forceinline__ Partition(int cta, int part_units, const Reciprocal& part_max_ctas,
-                                       int num_parts)
+                                       int num_parts, int least_quota = 1)
       : cta(cta),
-        quota(max(part_max_ctas.divide_up(part_units), 1)),
+        quota(max(part_max_ctas.divide_up(part_units), least_quota)),
         part_units(part_units),
         num_parts(num_parts) {}
   // Makes runs whole groups of `group_units`, which all have, if they are at most `slack` units longer for that.
@@ -206,6 +210,7 @@ struct Cursor {
     unit += ends_unit(problem);
     if (++tile < request.num_tiles()) return;
     tile = 0;
+    unit += problem.group_overhead;  // the next group's
     if (!kQTilesOutermost) {
       if (++q_tile < request.num_q_tiles(problem)) return;
       q_tile = 0;
@@ -251,7 +256,7 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
 }
 
 // The place on the line of CTA `cta` of `max_ctas`; all its threads must call it. False where the line is too short to
-// reach it. A cluster that shares the work of one run has one number (and means itself where CTAs are spoken of).
+// reach it.
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
 // begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
 // requests there is one round trip to memory. What can be known before the lengths or the sum, is.
@@ -307,7 +312,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, flags);
   problem.template place<OneRequest>(first_request, end_request, end - units);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
-  partition = Partition(cta, total, by_max_ctas, 1);
+  partition = Partition(cta, total, by_max_ctas, 1, problem.group_overhead + 1);  // every run has a tile
   bool has_more_q_tiles = kQTilesOutermost && (flags & kHasMoreQTiles) != 0;
   if (has_more_q_tiles && (flags & kDiffersInQTiles) == 0 && first_q_tiles <= min(kMaxParts, max_ctas)) {
     has_more_q_tiles = false;
@@ -365,7 +370,9 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
       by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
     }
     const u32 group = by_group_units.divide(unit_in_request);
-    cursor.tile = unit_in_request - group * by_group_units.value << (kFixedSplits ? problem.unit_shift : 0);
+    const int unit_in_group = unit_in_request - group * by_group_units.value;
+    cursor.tile = max(unit_in_group - problem.group_overhead, 0) << (kFixedSplits ? problem.unit_shift : 0);
+    if (Problem::kIsCascade) cursor.unit += max(problem.group_overhead - unit_in_group, 0);
     cursor.kv_head = group;
     if (!kQTilesOutermost) {
       const u32 num_q_tiles = cursor.request.num_q_tiles(problem);

@@ -43,6 +43,20 @@ __device__ __forceinline__ u32 pack2<bfloat16_t>(float lo, float hi) {
   return packed;
 }
 
+// Two of half_t.
+__device__ __forceinline__ float2 unpack2(u32 packed) {
+  float2 x;
+  asm("{\n"
+      ".reg .b16 lo, hi;\n"
+      "mov.b32 {lo, hi}, %2;\n"
+      "cvt.f32.f16 %0, lo;\n"
+      "cvt.f32.f16 %1, hi;\n"
+      "}\n"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(packed));
+  return x;
+}
+
 template <typename T>
 __device__ __forceinline__ T from_float(float x) {
   return T{static_cast<u16>(pack2<T>(x, 0.0f))};
@@ -51,6 +65,16 @@ template <>
 __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
+
+// What is the same in all lanes of a warp, so that the compiler knows. Else it keeps the operands of wgmma, and all that
+// follows a branch, in registers of threads, from where they take longer than the products.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// A constant that a function can be called with.
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
 
 // Volatile: where registers are scarce, made again rather than kept.
 __device__ __forceinline__ int lane_id() {

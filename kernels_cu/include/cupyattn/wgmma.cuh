@@ -2,8 +2,7 @@
 //
 // Operands in shared memory lie in *blocks* of rows of 128 bytes (64 elements), whose 16-byte chunks are XORed with the
 // row's last three bits: the 128-byte swizzle. Eight rows are 1024 bytes, which blocks are aligned to. The same block
-// serves as a K-major operand (rows are M or N) and as an MN-major one (rows are K). A *half block* has rows of 64 bytes,
-// whose chunks are XORed with the row's second and third bit, and serves as a K-major operand.
+// serves as a K-major operand (rows are M or N) and as an MN-major one (rows are K).
 //
 // Accumulators of 64 x N, for warp w of the group and lane = 4 * g + t: c[4 * n + 0, 1] are row 16 * w + g, columns
 // 8 * n + 2t, + 1; c[4 * n + 2, 3] the same of row 16 * w + g + 8.
@@ -27,26 +26,24 @@ __device__ __forceinline__ u32 block_offset(int row, int chunk) {
   return row * kBlockRowBytes + 16 * (chunk ^ (row & 7));
 }
 
-__device__ __forceinline__ u32 half_block_offset(int row, int chunk) {
-  return row * (kBlockRowBytes / 2) + 16 * (chunk ^ (row >> 1 & 3));
-}
+// Describes an operand. Only the low word depends on where it lies: sums of 64 bits, in registers of one thread, would take
+// longer than products do.
+struct Operand {
+  u32 low;
+  u32 high;
 
-// Describes an operand that begins at `smem_address`. `block_bytes`: from one block to the next, of an MN-major operand
-// wider than 64.
-__device__ __forceinline__ u64 swizzled_operand(u32 smem_address, u32 block_bytes) {
-  constexpr u64 kSwizzle128 = 1ull << 62;
-  constexpr u64 kEightRows = 8 * kBlockRowBytes;
-  return kSwizzle128 | kEightRows / 16 << 32 | static_cast<u64>(block_bytes / 16) << 16 |
-         (smem_address & 0x3ffff) / 16;
-}
-// Of half blocks.
-__device__ __forceinline__ u64 half_swizzled_operand(u32 smem_address) {
-  constexpr u64 kSwizzle64 = 2ull << 62;
-  constexpr u64 kEightRows = 8 * kBlockRowBytes / 2;
-  return kSwizzle64 | kEightRows / 16 << 32 | (smem_address & 0x3ffff) / 16;
+  __device__ __forceinline__ u64 bits() const { return static_cast<u64>(high) << 32 | low; }
+};
+// One that begins at `smem_address`. `block_bytes`: from one block to the next, of an MN-major operand wider than 64.
+__device__ __forceinline__ Operand swizzled_operand(u32 smem_address, u32 block_bytes) {
+  constexpr u32 kSwizzle128 = 1u << 30;
+  constexpr u32 kEightRows = 8 * kBlockRowBytes;
+  return {block_bytes / 16 << 16 | (smem_address & 0x3ffff) / 16, kSwizzle128 | kEightRows / 16};
 }
 // The same operand, so many bytes further.
-__device__ __forceinline__ u64 advance(u64 operand, u32 bytes) { return operand + bytes / 16; }
+__device__ __forceinline__ Operand advance(const Operand& operand, u32 bytes) {
+  return {operand.low + bytes / 16, operand.high};
+}
 
 // Before the first product that uses registers written otherwise, and before the first of all.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -65,29 +62,15 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // c = A B or c += A B; A [64, 16] and B [16, N] in shared memory, both K-major; c has N / 2 numbers.
 template <typename T, int kNumbers>
-__device__ __forceinline__ void wgmma_ss(float (&c)[kNumbers], u64 a, u64 b, bool accumulates);
+__device__ __forceinline__ void wgmma_ss(float (&c)[kNumbers], const Operand& a, const Operand& b,
+                                         bool accumulates);
 // c += A B; A [64, 16] in registers (as the A operand of mma.cuh, of each warp's 16 rows), B [16, N] MN-major.
 template <typename T, int kNumbers>
-__device__ __forceinline__ void wgmma_rs(float (&c)[kNumbers], const u32 (&a)[4], u64 b);
+__device__ __forceinline__ void wgmma_rs(float (&c)[kNumbers], const u32 (&a)[4], const Operand& b);
 
 template <>
-__device__ __forceinline__ void wgmma_ss<half_t>(float (&c)[24], u64 a, u64 b, bool accumulates) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %26, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23"
-      "}, %24, %25, p, 1, 1, 0, 0;\n"
-      "}\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)));
-}
-template <>
-__device__ __forceinline__ void wgmma_ss<half_t>(float (&c)[32], u64 a, u64 b, bool accumulates) {
+__device__ __forceinline__ void wgmma_ss<half_t>(float (&c)[32], const Operand& a, const Operand& b,
+                                                 bool accumulates) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -102,10 +85,10 @@ __device__ __forceinline__ void wgmma_ss<half_t>(float (&c)[32], u64 a, u64 b, b
         "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
         "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
         "+f"(c[30]), "+f"(c[31])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)));
+      : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(accumulates)));
 }
 template <>
-__device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[32], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[32], const u32 (&a)[4], const Operand& b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -116,10 +99,10 @@ __device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[32], const u32 (&a)[
         "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
         "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
         "+f"(c[30]), "+f"(c[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));
 }
 template <>
-__device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[64], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[64], const u32 (&a)[4], const Operand& b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -136,10 +119,10 @@ __device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[64], const u32 (&a)[
         "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]),
         "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]),
         "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));
 }
 template <>
-__device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[128], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[128], const u32 (&a)[4], const Operand& b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -169,26 +152,11 @@ __device__ __forceinline__ void wgmma_rs<half_t>(float (&c)[128], const u32 (&a)
         "+f"(c[107]), "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]), "+f"(c[112]), "+f"(c[113]),
         "+f"(c[114]), "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]),
         "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));
 }
 template <>
-__device__ __forceinline__ void wgmma_ss<bfloat16_t>(float (&c)[24], u64 a, u64 b, bool accumulates) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %26, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23"
-      "}, %24, %25, p, 1, 1, 0, 0;\n"
-      "}\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)));
-}
-template <>
-__device__ __forceinline__ void wgmma_ss<bfloat16_t>(float (&c)[32], u64 a, u64 b, bool accumulates) {
+__device__ __forceinline__ void wgmma_ss<bfloat16_t>(float (&c)[32], const Operand& a, const Operand& b,
+                                                     bool accumulates) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -203,10 +171,10 @@ __device__ __forceinline__ void wgmma_ss<bfloat16_t>(float (&c)[32], u64 a, u64 
         "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
         "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
         "+f"(c[30]), "+f"(c[31])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulates)));
+      : "l"(a.bits()), "l"(b.bits()), "r"(static_cast<int>(accumulates)));
 }
 template <>
-__device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[32], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[32], const u32 (&a)[4], const Operand& b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -217,10 +185,10 @@ __device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[32], const u32 (
         "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]),
         "+f"(c[23]), "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]),
         "+f"(c[30]), "+f"(c[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));
 }
 template <>
-__device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[64], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[64], const u32 (&a)[4], const Operand& b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -237,10 +205,10 @@ __device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[64], const u32 (
         "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]), "+f"(c[50]),
         "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]), "+f"(c[56]), "+f"(c[57]),
         "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));
 }
 template <>
-__device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[128], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[128], const u32 (&a)[4], const Operand& b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -270,7 +238,7 @@ __device__ __forceinline__ void wgmma_rs<bfloat16_t>(float (&c)[128], const u32 
         "+f"(c[107]), "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]), "+f"(c[112]), "+f"(c[113]),
         "+f"(c[114]), "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]),
         "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));
 }
 
 }  // namespace cupyattn
