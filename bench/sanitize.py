@@ -98,7 +98,7 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(name, problem on the host, options) for `mla_decode`: short and long requests, as in `decode_problems`.
 
     These are problems of `decode` whose keys and values are the same 576 numbers: `attend` gives 576 columns for
-    them, of which the first 512 are MLA's. 16 heads fill a tile of rows, 24 and 40 do not, 128 do or take several;
+    them, of which the first 512 are MLA's. 16 heads fill a tile of rows, 24 and 40 do not, 128 take several;
     with `qo_lens` a tile may hold several tokens.
     """
     from problems import build_problem
@@ -214,7 +214,7 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
                 )  # fmt: skip
                 with tile_rows(tile_q):
                     yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
-    for dtype, tile_q in itertools.product(kernels.DECODE_DTYPES, (None, 16, 32, 64, 128)):
+    for dtype, tile_q in itertools.product(kernels.DECODE_DTYPES, (None, 16, 32, 64)):
         many = (
             40 if dtype == "bfloat16" and tile_q is not None else 0
         )  # few enough for the smaller tiles of mla.cu

@@ -16,7 +16,7 @@ from problems import POISON_PAGE, Guarded, Problem, build_mla_problem, build_pro
 
 import cupyattn
 from cupyattn import cascade as cascade_module
-from cupyattn import kernels, reference
+from cupyattn import kernels, reference, runs
 from cupyattn.cache import PageTable
 from cupyattn.levels import CascadeLevels
 
@@ -37,6 +37,19 @@ def tile_rows(tile_q: int | None) -> Iterator[None]:
         yield
     finally:
         kernels.cascade_config, kernels.mla_sm90_cascade_config = chosen
+        cascade_module._plans.cache_clear()
+
+
+@contextlib.contextmanager
+def group_overhead(tiles: int) -> Iterator[None]:
+    """Have groups count for so many tiles besides their own, also where runs are short."""
+    chosen = runs.choose_group_overhead
+    runs.choose_group_overhead = lambda most, num_tiles, max_ctas: tiles
+    cascade_module._plans.cache_clear()
+    try:
+        yield
+    finally:
+        runs.choose_group_overhead = chosen
         cascade_module._plans.cache_clear()
 
 

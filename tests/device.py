@@ -498,8 +498,7 @@ extern "C" __global__ void hog(long long num_clocks) {  // all of an SM that a b
 def beside_another_kernel(gpu: ModuleType, launch: Callable[[], Any], num_free: int = 1) -> Iterator[bool]:
     """Launch while another kernel holds all SMs but `num_free`, then half, then an eighth of them.
 
-    Says each time whether the launch ended before that kernel did. (A cluster of two CTAs cannot start before two
-    SMs of one GPC are free.)
+    Says each time whether the launch ended before that kernel did.
     """
     properties = gpu.cuda.runtime.getDeviceProperties(gpu.cuda.runtime.getDevice())
     num_sms, shared = properties["multiProcessorCount"], properties["sharedMemPerBlockOptin"]
@@ -519,7 +518,7 @@ def beside_another_kernel(gpu: ModuleType, launch: Callable[[], Any], num_free: 
 
 
 def check_where_another_kernel_holds_the_sms(
-    gpu: ModuleType, problem: Problem, fixed_split_size: int | None, num_free: int = 1
+    gpu: ModuleType, problem: Problem, fixed_split_size: int | None
 ) -> None:
     """CTAs that end before all have started must not wait for those that cannot start: the bits are the same."""
     operands = problem.q, problem.cache, problem.pages
@@ -530,7 +529,7 @@ def check_where_another_kernel_holds_the_sms(
     out = poison(gpu.empty(problem.out_shape, problem.q.dtype))
     lse = gpu.empty(problem.q.shape[:2], np.float32)
     for nobody_waited in beside_another_kernel(
-        gpu, lambda: problem.call(problem.decode, out=out, lse=lse, **mode), num_free
+        gpu, lambda: problem.call(problem.decode, out=out, lse=lse, **mode)
     ):
         assert nobody_waited
         assert to_host(out).tobytes() + to_host(lse).tobytes() == expected

@@ -672,12 +672,12 @@ def test_what_pays():
 def test_own_keys_of_latents_cost_too():
     """A prefix that pays for few keys of the requests' own does not beside many."""
     cost = CascadeCost.mla(16)
-    assert cost.launch_us(128, 128 * 512) == pytest.approx(12 + 128 * 512 * 0.15e-3)
-    few, many = (family(128, 4096, own, page_size=64).levels(choose=cost) for own in (512, 8192))
+    assert cost.launch_us(128, 128 * 512) == pytest.approx(12 + 128 * 512 * 0.03e-3)
+    few, many = (family(128, 4096, own, page_size=64).levels(choose=cost) for own in (512, 32768))
     assert (few.levels.num_levels, many.levels.num_levels) == (2, 1)
     free = replace(cost, own_us=0)
     saved = family(128, 4096, 512, page_size=64).levels(choose=free).saving_us
-    assert saved - few.saving_us == pytest.approx(128 * 512 * 0.15e-3)
+    assert saved - few.saving_us == pytest.approx(128 * 512 * 0.03e-3)
 
 
 def test_the_cost_of_a_group_grows_with_its_query_tokens():

@@ -76,12 +76,13 @@ def test_shapes_of_the_sm90_kernel():
     assert kernels.mla_sm90_config(16, 86, 132) is None  # 1 x 4096, 16 heads
     assert kernels.mla_sm90_config(17, 86, 132).tile_q == 32
     assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 64, 65, 256)] == [
-        16, 16, 32, 32, 64, 64, 128, 128,
+        16, 16, 32, 32, 64, 64, 64, 64,
     ]  # fmt: skip
     instances = set(kernels.MLA_SM90_DECODE.instances_for("sm_90a"))
     for rows in ROWS:
         config = kernels.mla_sm90_config(rows, 10**6, 132)
         assert config in kernels.MLA_SM90_CONFIGS
+        assert config.packs_states == (rows > 32)
         assert config.shared_bytes + 2 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
         assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
@@ -99,13 +100,13 @@ def test_shapes_for_cascades():
     assert tile_q((9, 64), (84, 4)) == 16  # 16 x (512 + 256), 32/8
     assert tile_q((63, 8), (24, 1)) == 16  # one tile of rows has all
     mla = kernels.mla_sm90_cascade_config
-    assert mla([(171, 2048), (1493, 16)], 132).tile_q == 128
-    assert mla([(11, 512), (8434, 16)], 132).tile_q == 16
+    assert mla([(128, 2048), (1024, 16)], 132).tile_q == 64  # 128 x (8192 + 512), 16 heads
+    assert mla([(9, 512), (6326, 16)], 132).tile_q == 16
     assert mla([(10, 16), (10, 16)], 132) is None  # few enough for mla.cu
     assert mla([(10, 16), (10, 17)], 132).tile_q > 16
-    for levels in ([(171, 2048), (1493, 16)], [(11, 512), (8434, 16)]):
+    for levels in ([(128, 2048), (1024, 16)], [(9, 512), (6326, 16)]):
         assert mla(levels, 132).is_cascade
-        assert mla(levels, 132).word_flags
+        assert not mla(levels, 132).packs_states
 
 
 @pytest.mark.parametrize("arch", CI_ARCHS)

@@ -22,6 +22,7 @@ from cupyattn.schedule import (
     Request,
     Segment,
     cascade_schedule,
+    choose_group_overhead,
     decode_schedule,
     draw_schedule,
     schedule_figures,
@@ -159,6 +160,53 @@ def test_fixed_splits_are_dealt_out_whole() -> None:
     # From the first key that the request sees, not from its key 0.
     windowed = decode_schedule([1000], max_ctas=4, window_left=299, fixed_split_size=256, **SIZES)
     assert [(s.cta, s.kv_begin, s.kv_end) for s in windowed] == [(0, 700, 956), (1, 956, 1000)]
+
+
+@given(problems(), st.integers(1, 5))
+def test_groups_that_count_for_more_than_their_tiles(problem: dict[str, Any], overhead: int) -> None:
+    problem.pop("fixed_split_size")
+    segments = decode_schedule(**problem, group_overhead=overhead)
+    tile_kv = problem["tile_kv"]
+
+    def keys(schedule: list[Segment]) -> dict[Any, list[tuple[int, int]]]:
+        tiles: dict[Any, list[tuple[int, int]]] = {}
+        for s in schedule:
+            starts = range(s.kv_begin, max(s.kv_end, s.kv_begin + 1), tile_kv)
+            tiles.setdefault(s.group, []).extend((t, min(t + tile_kv, s.kv_end)) for t in starts)
+        return tiles
+
+    assert keys(segments) == keys(decode_schedule(**problem))  # the same tiles in the same order
+    ctas = [s.cta for s in segments]
+    assert ctas == sorted(ctas)
+    assert set(ctas) == set(range(len(set(ctas))))  # no run has nothing but what counts for no tiles
+    assert len(set(ctas)) <= problem["max_ctas"]
+    num_tiles = sum(map(len, keys(segments).values()))
+    quota = max(-(-(num_tiles + overhead * len(keys(segments))) // problem["max_ctas"]), overhead + 1)
+    first_parts = {s.group: s for s in reversed(segments)}
+    for _, run in itertools.groupby(segments, lambda s: s.cta):
+        first, *others = run
+        weights = [num_units(first, tile_kv)]
+        weights += [num_units(s, tile_kv) + overhead * (s is first_parts[s.group]) for s in others]
+        assert sum(weights) <= quota
+
+
+def test_short_groups_weigh_as_much_as_a_long_one() -> None:
+    """128 requests with 8 tiles of their own, and 32 tiles of rows of a prefix of 128 tiles, on 132 CTAs."""
+    problem = {"num_kv_heads": 1, "group_size": 16, "tile_kv": 64, "tile_q": 64, "max_ctas": 132}
+    lens, rows = [8192] + [512] * 128, [128] + [1] * 128
+    overhead = choose_group_overhead(2, 32 * 128 + 128 * 8, 132)
+    assert overhead == 2
+    segments = {n: decode_schedule(lens, qo_lens=rows, group_overhead=n, **problem) for n in (0, overhead)}
+    own = {n: [s.cta for s in segments[n] if s.request > 0] for n in segments}
+    most = {n: max(own[n].count(cta) for cta in own[n]) for n in own}
+    assert most == {0: 6, 2: 5}
+    assert choose_group_overhead(2, 384, 132) == 0
+
+
+@pytest.mark.parametrize("options", [{"group_overhead": -1}, {"group_overhead": 1, "fixed_split_size": 64}])
+def test_group_overhead_that_cannot_be(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="group_overhead must be 0 or more, and 0 with fixed splits, got"):
+        decode_schedule([64], max_ctas=4, **SIZES, **options)
 
 
 @given(st.integers(0, 5000), st.integers(1, 600))
