@@ -43,7 +43,8 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
     """(name, problem on the host, options) for each template instance of `decode`, and a few with fixed splits.
 
     Short requests; one whose keys take 71 CTAs with a tile each, or 71 fixed splits, and as many partial states; and
-    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments.
+    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments. With
+    head_dim 64, the same for a pair of KV heads (`rows=2x4`).
     """
     from problems import build_problem
 
@@ -52,16 +53,19 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
     for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
         # 4, 12 and 20 rows take tiles of 8, 16 and 32; where there are more (or head_dim is), warps have their own.
         most_rows = 40 if head_dim <= 128 else 20
-        for rows in sorted({4, 12, 20, most_rows}):
+        shapes = [(1, rows) for rows in sorted({4, 12, 20, most_rows})]
+        shapes += [(2, 4)] if head_dim == 64 else []
+        for num_kv_heads, rows in shapes:
             common = {
                 "dtype": dtype,
                 "head_dim": head_dim,
-                "num_kv_heads": 1,
+                "num_kv_heads": num_kv_heads,
                 "group_size": rows,
                 "page_size": 16,
             }
+            name = f"{dtype} d={head_dim} rows={f'{num_kv_heads}x' if num_kv_heads > 1 else ''}{rows}"
             modes: list[dict[str, int]] = [{}]
-            if dtype == "bfloat16" and head_dim in (64, 128) and rows <= 20:
+            if dtype == "bfloat16" and head_dim in (64, 128) and rows <= 20 and num_kv_heads == 1:
                 modes.append({"fixed_split_size": 64})
             for mode in modes:
                 # With room for little, tiles would have 8 or 16 rows.
@@ -70,12 +74,13 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
                     [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20] if rows == most_rows else None,
                     storage="interleaved", window_left=40, logits_soft_cap=20.0, **room, **common,
                 )  # fmt: skip
-                long = build_problem([4500], dense=True, layout="HND", **room, **common)
+                layout = "HND" if num_kv_heads == 1 else "NHD"
+                long = build_problem([4500], dense=True, layout=layout, **room, **common)
                 fixed = " fixed" if mode else ""
-                yield f"{dtype} d={head_dim} rows={rows} short{fixed}", short, mode
-                yield f"{dtype} d={head_dim} rows={rows} long{fixed}", long, mode
+                yield f"{name} short{fixed}", short, mode
+                yield f"{name} long{fixed}", long, mode
             if dtype == "bfloat16":
-                yield f"{dtype} d={head_dim} rows={rows} many", build_problem([130] * 600, **common), {}
+                yield f"{name} many", build_problem([130] * 600, **common), {}
 
 
 def run_decode() -> int:

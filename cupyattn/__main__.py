@@ -23,7 +23,7 @@ from . import __version__
 from .cascade import level_sizes
 from .checks import check_divisible
 from .draw import draw_levels
-from .kernels import DECODE_HEAD_DIMS, cascade_config, decode_config
+from .kernels import DECODE_HEAD_DIMS, DecodeConfig, cascade_config, decode_config
 from .prefix import CascadeCost, PrefixTree
 from .runtime import (
     CI_ARCHS,
@@ -200,11 +200,11 @@ def _schedule(args: argparse.Namespace) -> int:
     num_tiles = None  # with fixed splits it must not matter
     if args.fixed_split_size is None:
         num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
-    config = decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms)
+    config = _decode_config(args, num_tiles)
     segments = decode_schedule(
         args.lens,
-        num_kv_heads=args.num_kv_heads,
-        group_size=group_size,
+        num_kv_heads=args.num_kv_heads // config.heads,
+        group_size=group_size * config.heads,
         tile_kv=config.tile_kv,
         tile_q=config.tile_q,
         max_ctas=config.ctas_per_sm * args.num_sms,
@@ -233,7 +233,7 @@ def _cascade(args: argparse.Namespace) -> int:
     sizes = level_sizes(64, len(requests) * group_size, args.block_size, levels)
     if levels.num_levels == 1:
         num_tiles = args.num_kv_heads * sizes[0][0]
-        config = decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms)
+        config = _decode_config(args, num_tiles)
         overhead = 0
     else:
         config = cascade_config(args.arch, args.head_dim, sizes)
@@ -241,8 +241,8 @@ def _cascade(args: argparse.Namespace) -> int:
         overhead = choose_group_overhead(config.group_overhead, num_tiles, config.ctas_per_sm * args.num_sms)
     segments = cascade_schedule(
         levels,
-        num_kv_heads=args.num_kv_heads,
-        group_size=group_size,
+        num_kv_heads=args.num_kv_heads // config.heads,
+        group_size=group_size * config.heads,
         tile_kv=config.tile_kv,
         tile_q=config.tile_q,
         max_ctas=config.ctas_per_sm * args.num_sms,
@@ -297,6 +297,12 @@ def _check_sizes(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"sm_\d+[af]?", args.arch):
         raise ValueError(f"--arch must look like sm_90a, got {args.arch}")
     return int(args.num_qo_heads // args.num_kv_heads)
+
+
+def _decode_config(args: argparse.Namespace, num_tiles: int | None) -> DecodeConfig:
+    """Return the shape of `decode` for a cache in NHD layout."""
+    group_size, has_pairs = args.num_qo_heads // args.num_kv_heads, args.num_kv_heads % 2 == 0
+    return decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms, has_pairs)
 
 
 def _sizes(args: argparse.Namespace) -> str:

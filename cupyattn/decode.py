@@ -36,7 +36,8 @@ def decode(
     One kernel launch on the current stream; no synchronization. Lengths and tables are read on the device, so
     a captured CUDA graph stays right when they change in place (their shapes must not). The first call with
     arrays of some shapes and dtype may compile or load a kernel: make it before a capture. Without `fixed_split_size`,
-    which kernel that is, and with it the rounding, depends on the batch and on what the page table has room for.
+    which kernel that is, and with it the rounding, depends on the batch, on what the page table has room for, and on
+    the cache's strides.
 
     Parameters
     ----------
@@ -176,6 +177,12 @@ def decode_workspace_bytes(
     return plans.make(operands, (as_split_size(plans.caller, fixed_split_size),)).needed_bytes
 
 
+def has_pairs(cache: PagedKVCache) -> bool:
+    """Say whether each even KV head's rows and the next one's lie side by side, as those of NHD pages do."""
+    head_strides = cache.k_strides[2], cache.v_strides[2]
+    return cache.num_kv_heads % 2 == 0 and head_strides == (cache.head_dim, cache.head_dim)
+
+
 class DecodePlan(AttentionPlan):
     """What a signature of `decode` settles."""
 
@@ -219,21 +226,30 @@ class DecodePlan(AttentionPlan):
             num_tiles = None
             if size is None:
                 num_tiles = cache.num_kv_heads * max_units(64, batch_size, True, 1, cache.page_size, pages)
-            config = kernels.decode_config(properties.arch, head_dim, rows, num_tiles, properties.num_sms)
+            config = kernels.decode_config(
+                properties.arch, head_dim, rows, num_tiles, properties.num_sms, single and has_pairs(cache)
+            )
             template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
             self.runs = Runs(
                 "decode", get_kernel("decode", *template, device=self.device), config,
-                config.shared_bytes(head_dim), head_dim, num_rows=num_tokens * group_size, single=single,
-                num_kv_heads=cache.num_kv_heads, page_size=cache.page_size, pages=pages, fixed_split_size=size,
+                config.shared_bytes(head_dim), head_dim, num_rows=num_tokens * group_size * config.heads,
+                single=single, num_kv_heads=cache.num_kv_heads // config.heads, page_size=cache.page_size,
+                pages=pages, fixed_split_size=size,
             )  # fmt: skip
-            self.runs.fix(*self._arguments(q, cache, out, lse, batch_size))
+            self.runs.fix(*self._arguments(q, cache, out, lse, batch_size, config.heads))
 
-    def _arguments(self, q: Any, cache: PagedKVCache, out: Any, lse: Any, batch_size: int) -> tuple[int, ...]:
-        """Return the kernel's arguments that no table decides, but for `batch_size`."""
-        group_size = q.shape[1] // cache.num_kv_heads
+    def _arguments(
+        self, q: Any, cache: PagedKVCache, out: Any, lse: Any, batch_size: int, heads: int = 1
+    ) -> tuple[int, ...]:
+        """Return the kernel's arguments that no table decides, but for `batch_size`.
+
+        With `heads` of 2, a KV head is a pair of the cache's.
+        """
+        num_kv_heads = cache.num_kv_heads // heads
+        k_strides, v_strides = ((*a[:2], heads * a[2]) for a in (cache.k_strides, cache.v_strides))
         return (
-            *checks.element_strides(q)[:2], *cache.k_strides, *cache.v_strides, *self._output_strides(out, lse),
-            batch_size, cache.num_kv_heads, *kernels.divisor(group_size), *kernels.divisor(cache.page_size),
+            *checks.element_strides(q)[:2], *k_strides, *v_strides, *self._output_strides(out, lse), batch_size,
+            num_kv_heads, *kernels.divisor(q.shape[1] // num_kv_heads), *kernels.divisor(cache.page_size),
         )  # fmt: skip
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:

@@ -24,6 +24,9 @@ DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 _KiB = 1024
 _RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
 _STATIC_SHARED_BYTES = 2 * _KiB  # at most: what decode.cu declares with a fixed size
+#: Tiles of 64 keys and a KV head, for each SM, from which on pairs of heads are worked on. Of fewer, units of twice the
+#: bytes would be dealt out less evenly.
+_PAIR_TILES_PER_SM = 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class DecodeConfig:
     tile_kv: int
     num_stages: int
     ctas_per_sm: int
+    heads: int = 1  # KV heads whose rows of keys a tile has side by side
     packs_states: ClassVar[bool] = False
     group_overhead: ClassVar[int] = 0
 
@@ -51,10 +55,8 @@ class DecodeConfig:
 
     def shared_bytes(self, head_dim: int) -> int:
         """Dynamic shared memory of a CTA."""
-        row_chunks = head_dim // 8
-        row_bytes = 16 * (row_chunks if row_chunks % 8 == 0 else row_chunks | 1)
-        kv_tiles = self.num_stages * 2 * self.tile_kv * row_bytes
-        queries = self.num_stages * self.tile_q * row_bytes
+        kv_tiles = self.num_stages * 2 * self.tile_kv * _row_bytes(self.heads * head_dim)
+        queries = self.num_stages * self.tile_q * _row_bytes(head_dim)
         row_addresses = 2 * 2 * self.tile_kv * 8
         return kv_tiles + queries + row_addresses
 
@@ -64,8 +66,19 @@ class DecodeConfig:
         return self.ctas_per_sm * each
 
 
+def _row_bytes(num_dims: int) -> int:
+    """Return what a row takes in shared memory: TileLayout::kRowBytes of tile.cuh."""
+    row_chunks = num_dims // 8
+    return 16 * (row_chunks if row_chunks % 8 == 0 else row_chunks | 1)
+
+
 def decode_config(
-    arch: str, head_dim: int, rows: int, num_tiles: int | None = None, num_sms: int = 1
+    arch: str,
+    head_dim: int,
+    rows: int,
+    num_tiles: int | None = None,
+    num_sms: int = 1,
+    has_pairs: bool = False,
 ) -> DecodeConfig:
     """Choose the shape of the decode kernel. Any choice is right; this one is fast.
 
@@ -82,6 +95,9 @@ def decode_config(
         read several times, but a CTA is done sooner, and that is what such a step waits for.
     num_sms : int
         Matters with `num_tiles` only.
+    has_pairs : bool
+        Whether there is one query token a request and an even number of KV heads, each two of which have their rows
+        of keys side by side, and of values. Then, if `num_tiles` are many, a tile may have the rows of two heads.
 
     Notes
     -----
@@ -89,6 +105,10 @@ def decode_config(
     head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
     is the fastest; with head_dim 64 and up to 8 rows it is 4 x 3. bench/NOTES.md has the times.
     """
+    if has_pairs and rows <= 8 and (num_tiles or 0) >= _PAIR_TILES_PER_SM * num_sms:
+        pairs = _pair_config(arch, head_dim)
+        if pairs is not None:
+            return pairs
     if num_tiles is not None:
         for fewer_rows in (8, 16):
             config = decode_config(arch, head_dim, fewer_rows)
@@ -115,9 +135,20 @@ def decode_config(
     )
 
 
+def _pair_config(arch: str, head_dim: int) -> DecodeConfig | None:
+    """Return the shape for pairs of KV heads, or None where single rows are wide enough or two CTAs do not fit."""
+    for num_stages in (3, 2) if head_dim == 64 else ():
+        config = DecodeConfig(1, 2, 4, 64, num_stages, 2, heads=2)
+        if config.shared_bytes_per_sm(head_dim) <= shared_bytes_per_sm(arch):
+            return config
+    return None
+
+
 def decode_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
     """All that `decode_config` can choose."""
-    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (8, 16, 32, 33)))
+    configs = [decode_config(arch, head_dim, rows) for rows in (8, 16, 32, 33)]
+    pairs = _pair_config(arch, head_dim)
+    return tuple(dict.fromkeys((*configs, pairs) if pairs is not None else configs))
 
 
 def shared_bytes_per_sm(arch: str) -> int:
@@ -133,7 +164,8 @@ def shared_bytes_per_sm(arch: str) -> int:
 def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
     for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
         for config, fixed_splits in itertools.product(decode_configs(arch, head_dim), (False, True)):
-            yield decode_template(dtype, head_dim, config, fixed_splits)
+            if config.heads == 1 or not fixed_splits:
+                yield decode_template(dtype, head_dim, config, fixed_splits)
 
 
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
@@ -196,6 +228,7 @@ def decode_template(
         config.tile_kv,
         config.num_stages,
         config.ctas_per_sm,
+        config.heads,
         int(fixed_splits),
     )
 
@@ -395,6 +428,7 @@ DECODE = register_kernel(
             "kTileKV",
             "kStages",
             "kCtasPerSM",
+            "kHeads",
             "kFixedSplits",
         ),
         args=_args(

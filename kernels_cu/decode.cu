@@ -15,6 +15,13 @@
 // memory. What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
 // With Levels, requests are the groups of all levels of a cascade (cascade.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
+//
+// With kHeads == 2, a KV head of all this is a *pair* of neighbours, whose rows of keys lie side by side and are copied
+// as one: DRAM reads 256 bytes in a piece faster than 128. The host counts in pairs: num_kv_heads, head strides, and a
+// group_size of 2 * g query heads. In products each head keeps to itself, or a NaN would spread: it has a block of 8
+// query rows, and half of the columns. So there are gaps in the tile where g < 8, and a row has another *slot* there:
+//   row   0 .. g - 1 | g .. 2g - 1      of a group, in q, out and partial states
+//   slot  0 .. g - 1 | 8 .. 8 + g - 1   of the tile, in shared memory and registers
 
 #include "cupyattn/cascade.cuh"
 #include "cupyattn/cp_async.cuh"
@@ -33,7 +40,7 @@ namespace cupyattn {
 
 // clang-format off
 template <typename T, int kHeadDim, int kWarpsQ, int kRowBlocks, int kWarpsKV, int kTileKV, int kStages,
-          int kCtasPerSM, bool kFixedSplits, typename... Cascade>
+          int kCtasPerSM, int kHeads, bool kFixedSplits, typename... Cascade>
 __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     decode_kernel(const T* __restrict__ q,              // [num_tokens, num_qo_heads, head_dim], strided
                   const T* __restrict__ k_pages,        // paged, PageStrides
@@ -72,15 +79,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kLongRun = 64;  // tiles
   constexpr int kKeyBlocks = kKeysPerWarp / 16;
   constexpr int kDimSteps = kHeadDim / 16;
+  constexpr int kRowDims = kHeads * kHeadDim;  // of a row of keys
+  constexpr int kHeadBlocks = kRowBlocks / kHeads;
   static_assert(kHeadDim % 16 == 0 && kKeysPerWarp % 16 == 0, "a warp works on 16 x 16 blocks");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
   static_assert(kRowBlocks == 1 || kRowBlocks % 2 == 0, "queries are loaded in pairs of blocks");
   static_assert(kStages >= 2, "one tile is read while another is filled");
   constexpr bool kUsesWgmma =
       kHasWgmma && kWarpsQ == 4 && kRowBlocks == 2 && kWarpsKV == 1 && kTileKV == 64 && kHeadDim % 64 == 0;
-  using Layout = typename LayoutOf<kHeadDim, kTileKV, kUsesWgmma>::Type;
+  using Layout = typename LayoutOf<kRowDims, kTileKV, kUsesWgmma>::Type;
+  using QueryLayout = typename LayoutOf<kHeadDim, kTileKV, kUsesWgmma>::Type;
   constexpr bool kIsCascade = sizeof...(Cascade) > 0;
   static_assert(!kIsCascade || !kFixedSplits);
+  static_assert(
+      kHeads == 1 || (kHeads == 2 && kRowBlocks == 2 && kWarpsQ == 1 && !kIsCascade && !kFixedSplits),
+      "a pair has two blocks of rows, of one query token a request");
   // Queries stay in registers where there is room for them.
   constexpr bool kQueriesInRegisters = kDimSteps * kRowBlocks <= 16;
   // One chain of dependent MMAs would leave a tensor core idle most of the time.
@@ -111,7 +124,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, group};
 
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
-  constexpr int kQueryBytes = kTileQ * Layout::kRowBytes;
+  constexpr int kQueryBytes = kTileQ * QueryLayout::kRowBytes;
   // The warps' states at the end of a segment take the place of its last tile, in as many passes as they need. A
   // thread stores rows 2t and 2t + 1 of dimension g: XOR, or 4 more floats a row, spreads a warp's stores over all
   // banks.
@@ -120,7 +133,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kPassBlocks = kRowBlocks / kPasses;
   constexpr int kPassRows = 8 * kPassBlocks;  // of a warp
   static_assert(kRowBlocks % kPasses == 0, "passes are equal");
-  static_assert(kPasses == 1 || kWarpsQ == 1, "a pass has neighbouring rows");
+  static_assert(kPasses == 1 || (kWarpsQ == 1 && kHeads == 1), "a pass has neighbouring rows");
   const auto scratch_at = [&](int row, int dim) {
     return row * kScratchRow + (Layout::kSwizzled ? dim ^ (row / 2 % 4 * 8) : dim);
   };
@@ -162,7 +175,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const T* pages_begin = finds_v ? v_pages : k_pages;
   // Where this lane's ldmatrix rows begin, from the beginning of a tile on.
   u32 q_offset =
-      Layout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
+      QueryLayout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
   u32 k_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 16, lane / 16);
   u32 v_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   if constexpr (kTileQ <= 16) {  // with more rows there are no registers to keep it in
@@ -247,23 +260,34 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       }
     }
   };
+  const auto row_of_slot = [&](int slot) {  // kTileQ where there is none
+    if constexpr (kHeads == 1) return slot;
+    const int head_rows = group_size / kHeads;
+    return slot % 8 < head_rows ? slot / 8 * head_rows + slot % 8 : kTileQ;
+  };
+  const auto slot_of_row = [&](int row) {
+    if constexpr (kHeads == 1) return row;
+    const int head_rows = group_size / kHeads;
+    return row < head_rows ? row : 8 + row - head_rows;
+  };
   const auto copy_queries = [&](int buffer) {
-    constexpr int kChunks = kTileQ * Layout::kRowChunks;
+    constexpr int kChunks = kTileQ * QueryLayout::kRowChunks;
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
     const int first_row = load.q_tile * kTileQ;
     const int num_rows = load.request.qo_len * group_size - first_row;
 #pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
     for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
-      const int row = (tid + i * kThreads) / Layout::kRowChunks;
-      const int chunk = (tid + i * kThreads) % Layout::kRowChunks;
-      if (kChunks % kThreads != 0 && row >= kTileQ) break;
+      const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
+      const int chunk = (tid + i * kThreads) % QueryLayout::kRowChunks;
+      if (kChunks % kThreads != 0 && slot >= kTileQ) break;
+      const int row = row_of_slot(slot);
       const bool exists = row < num_rows;
       const int token = group.divide(first_row + row);
       const int head = load.kv_head * group_size + group.modulo(first_row + row, token);
       const T* source = exists ? q + problem.row_of(load.request.qo_begin + token) * q_stride_token +
                                      head * q_stride_head + chunk * 8
                                : q;
-      cp_async_16(smem_tile + Layout::offset(row, chunk), source, exists);
+      cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source, exists);
     }
   };
 
@@ -282,7 +306,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 #pragma unroll
       for (int block = 0; block < kRowBlocks; block += 2) {
         u32 both[4];
-        ldmatrix_x4(both, address + block * 8 * Layout::kRowBytes);
+        ldmatrix_x4(both, address + block * 8 * QueryLayout::kRowBytes);
         frag[block][0] = both[0], frag[block][1] = both[1];
         frag[block + 1][0] = both[2], frag[block + 1][1] = both[3];
       }
@@ -315,7 +339,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     row = found_row();
     if (!kIsCascade || window_left < 0) {  // or the pages before the window may be any
 #pragma unroll
-      for (int i = 0; i < kHeadDim * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
+      for (int i = 0; i < kRowDims * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
     }
   }
   wait_for_predecessor();
@@ -481,16 +505,18 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         if constexpr (!kQueriesInRegisters) load_q(q_frag[0], tile.q_buffer, step);
         const auto& q_step = q_frag[kQueriesInRegisters ? step : 0];
 #pragma unroll
-        for (int n = 0; n < kKeyBlocks; ++n) {
-          u32 k_frag[4];
-          ldmatrix_x4(k_frag,
-                      TileLayout<kHeadDim>::advance(smem_k + k_offset, step) + n * 16 * Layout::kRowBytes);
+        for (int n = 0; n < kKeyBlocks; ++n)
 #pragma unroll
-          for (int block = 0; block < kRowBlocks; ++block) {
-            mma_m16n8k16<T>(s[step % kChains * kKeyBlocks + n][block], k_frag, q_step[block][0],
-                            q_step[block][1]);
+          for (int head = 0; head < kHeads; ++head) {
+            u32 k_frag[4];
+            ldmatrix_x4(k_frag, TileLayout<kRowDims>::advance(smem_k + k_offset, head * kDimSteps + step) +
+                                    n * 16 * Layout::kRowBytes);
+#pragma unroll
+            for (int block = head * kHeadBlocks; block < (head + 1) * kHeadBlocks; ++block) {
+              mma_m16n8k16<T>(s[step % kChains * kKeyBlocks + n][block], k_frag, q_step[block][0],
+                              q_step[block][1]);
+            }
           }
-        }
       }
       if constexpr (kChains == 2) {
 #pragma unroll
@@ -570,15 +596,18 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
             p_frag[block][half] = movmatrix_trans(pack2<T>(s[n][block][half * 2], s[n][block][half * 2 + 1]));
           }
 #pragma unroll
-        for (int step = 0; step < kDimSteps; ++step) {
-          u32 v_frag[4];
-          ldmatrix_x4_trans(
-              v_frag, TileLayout<kHeadDim>::advance(smem_v + v_offset, step) + n * 16 * Layout::kRowBytes);
+        for (int step = 0; step < kDimSteps; ++step)
 #pragma unroll
-          for (int block = 0; block < kRowBlocks; ++block) {
-            mma_m16n8k16<T>(acc[step][block], v_frag, p_frag[block][0], p_frag[block][1]);
+          for (int head = 0; head < kHeads; ++head) {
+            u32 v_frag[4];
+            ldmatrix_x4_trans(v_frag,
+                              TileLayout<kRowDims>::advance(smem_v + v_offset, head * kDimSteps + step) +
+                                  n * 16 * Layout::kRowBytes);
+#pragma unroll
+            for (int block = head * kHeadBlocks; block < (head + 1) * kHeadBlocks; ++block) {
+              mma_m16n8k16<T>(acc[step][block], v_frag, p_frag[block][0], p_frag[block][1]);
+            }
           }
-        }
       }
     }
     if (!tile.ends_segment) continue;
@@ -673,8 +702,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
           const u32 dim = i % kVecs * 4;
           // A warp's is kWarpRows, or of what is in the scratch memory kPassRows, after the last one's.
           const u32 first_warp = row / kPassRows * kWarpsKV;
-          const float2* states = smem_states + first_warp * kWarpRows + pass_row + row % kPassRows;
-          const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + row % kPassRows, dim);
+          const u32 in_warp = slot_of_row(row % kPassRows);
+          const float2* states = smem_states + first_warp * kWarpRows + pass_row + in_warp;
+          const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + in_warp, dim);
           float2 theirs[kWarpsKV];
           SoftmaxState merged;
 #pragma unroll

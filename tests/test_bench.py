@@ -1063,15 +1063,19 @@ def test_every_group_is_reported() -> None:
 def test_sanitizer_runs_every_instance_once() -> None:
     from bench.sanitize import decode_problems
     from cupyattn import kernels
+    from cupyattn.decode import has_pairs
     from cupyattn.runs import max_units
 
     seen = []
     for name, problem, mode in decode_problems():
         tokens, heads, head_dim = problem.q.shape
-        rows = -(-tokens // len(problem.kv_lens)) * heads
-        shape = kernels.decode_config("sm_90", head_dim, heads if mode else rows)
-        num_tiles = max_units(64, len(problem.kv_lens), True, 1, 16, problem.pages)
-        assert mode or shape == kernels.decode_config("sm_90", head_dim, rows, num_tiles, 132)
+        group_size = heads // problem.num_kv_heads
+        rows = -(-tokens // len(problem.kv_lens)) * group_size
+        num_tiles = problem.num_kv_heads * max_units(64, len(problem.kv_lens), True, 1, 16, problem.pages)
+        pairs = problem.qo_indptr is None and has_pairs(problem.cache)
+        shape = kernels.decode_config("sm_90", head_dim, rows, num_tiles, 132, pairs)
+        if mode:
+            shape = kernels.decode_config("sm_90", head_dim, group_size)
         seen.append((kernels.decode_template(problem.dtype, head_dim, shape, bool(mode)), name.split()[3:]))
     plain = {(template, *kind) for template, kind in seen if "fixed" not in kind}
     instances = {t for t in kernels._decode_instances("sm_90") if not t[-1]}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,6 +41,7 @@ from problems import POISON_PAGE, STORAGES, assert_close, build_problem, oracle,
 from strategies import FIXED_SPLIT_SIZES, HEAD_DIMS, problem_arguments
 
 import cupyattn
+from cupyattn import kernels
 from cupyattn.runs import is_zeroed
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000"))
@@ -291,6 +294,111 @@ def test_offsets_beyond_32_bits(gpu, layout):
             out, lse = far.call(cupyattn.decode, return_lse=True)
             assert_right(out, lse, attend(near), "float16", (layout, first))
         del base, touched, far
+
+
+# -- tiles of two neighbouring KV heads --
+
+ROOM = 64 * kernels._PAIR_TILES_PER_SM * 160  # tokens of two KV heads that are many for any GPU
+
+
+def roomy(kv_lens, *, page_size=16, xp, **arguments):
+    """A problem of head_dim 64 whose table has room for so many tiles that pairs of KV heads pay."""
+    spare_entries = size(xp, ROOM // page_size, 1)
+    return build_problem(kv_lens, page_size=page_size, spare_entries=spare_entries, xp=xp, **arguments)
+
+
+def assert_heads(problem, heads, **settings):
+    """On a GPU: the kernel that is chosen has tiles of so many KV heads."""
+    if problem.xp is np:
+        return
+    operands = problem.q, problem.cache, problem.qo_indptr, problem.pages, None, None, None
+    plan = sys.modules["cupyattn.decode"]._plans.make(operands, (settings.get("fixed_split_size"),))
+    template = re.search("<(.*)>", plan.runs._kernel.name)[1].split(", ")
+    assert int(template[kernels.DECODE.template.index("kHeads")]) == heads
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("num_kv_heads", [2, 8])
+@pytest.mark.parametrize("group_size", [1, 2, 4, 7, 8])
+def test_pairs_of_kv_heads(xp, group_size, num_kv_heads, page_size):
+    kv_lens = size(xp, [0, 1, 15, 63, 64, 65, 129, 700, 20_000, 3001], [0, 1, 65, 130])
+    options = itertools.product((-1, 0, 100), (0.0, 5.0))
+    for i, (window_left, logits_soft_cap) in enumerate(options):
+        storage, dense, dtype = ("separate", "interleaved")[i % 2], i % 3 == 0, DTYPES[(i + page_size) % 2]
+        problem = roomy(
+            kv_lens, group_size=group_size, num_kv_heads=num_kv_heads, page_size=page_size, storage=storage,
+            dense=dense, dtype=dtype, window_left=window_left, logits_soft_cap=logits_soft_cap, seed=i, xp=xp,
+        )  # fmt: skip
+        assert_heads(problem, 2)
+        check(problem, (group_size, num_kv_heads, page_size, i))
+
+
+def test_pairs_of_more_requests_than_threads(xp):
+    rng = np.random.default_rng(0)
+    for batch in (127, 300, 1100):
+        problem = build_problem(rng.integers(0, 200, batch), num_kv_heads=8, group_size=5, xp=xp)
+        assert_heads(problem, 2)
+        check(problem, batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"num_kv_heads": 3}, {}),
+        ({"num_kv_heads": 1}, {}),
+        ({"layout": "HND"}, {}),
+        ({"storage": "strided"}, {}),
+        ({"group_size": 9}, {}),
+        ({"head_dim": 80}, {}),
+        ({"qo_lens": [1, 1, 1, 1]}, {}),
+        ({}, {"fixed_split_size": 512}),
+    ],
+)
+def test_what_has_no_pairs(xp, changes, settings):
+    arguments = {"num_kv_heads": 4, "group_size": 4} | changes
+    problem = roomy([0, 70, 1, 3000], xp=xp, **arguments)
+    assert_heads(problem, 1, **settings)
+    check(problem, changes, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kv", "value"), [(0, math.nan), (1, math.nan), (1, math.inf)]
+)  # of a key, of a value
+@pytest.mark.parametrize("head", [0, 1, 2, 3])
+def test_a_pair_keeps_its_heads_apart(xp, head, kv, value):
+    """Whatever one head's keys and values are, its neighbour has the same bits."""
+    for kv_len, group_size in itertools.product(size(xp, (20, 20_000), (20,)), (1, 7, 8)):
+        arguments = {"num_kv_heads": 4, "group_size": group_size, "dtype": "float16", "page_size": 4}
+        problem = roomy([kv_len, 50], xp=xp, **arguments)
+        assert_heads(problem, 2)
+        before = [to_host(a) for a in problem.call(cupyattn.decode, return_lse=True)]
+        problem.writable()[kv][int(problem.kv_indices[0]), 1, head, 7] = value
+        after = [to_host(a) for a in problem.call(cupyattn.decode, return_lse=True)]
+        own = slice(head * group_size, (head + 1) * group_size)
+        assert not np.isfinite(after[0][0, own]).all(axis=-1).any()
+        for a, b in zip(before, after, strict=True):
+            for state in (a, b):
+                state[0, own] = 0
+            assert a.tobytes() == b.tobytes()
+
+
+def test_pairs_give_the_same_bits_every_time(xp):
+    """In turns with calls that have other tiles, in one workspace, which is left as it was."""
+    workspace = None if xp is np else cupyattn.decode_workspace()
+    kv_lens = size(xp, [9000, 77, 0, 40_000], [300, 77])
+    problem = roomy(kv_lens, num_kv_heads=8, group_size=7, xp=xp)
+    assert_heads(problem, 2)
+    others = [
+        problem.replace(qo_indptr=xp.arange(len(kv_lens) + 1, dtype="i4")),
+        roomy(kv_lens[::-1], num_kv_heads=2, group_size=8, xp=xp),
+        build_problem([500, 3], num_kv_heads=2, head_dim=128, xp=xp),
+    ]  # fmt: skip
+    check(problem)
+    first = decode_bytes(problem, workspace=workspace)
+    for i in range(20):
+        others[i % len(others)].call(cupyattn.decode, workspace=workspace)
+        assert decode_bytes(problem, workspace=workspace) == first, f"run {i}"
+    assert workspace is None or is_zeroed(workspace)
 
 
 # -- the same bits every time --

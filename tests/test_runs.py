@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import build_problem
 
 from cupyattn import kernels, runs
 from cupyattn.cache import PageTable
+from cupyattn.decode import DecodePlan, has_pairs
 from cupyattn.runtime import CI_ARCHS
 from cupyattn.schedule import Request
 
@@ -61,6 +65,92 @@ def test_small_steps_have_tiles_of_fewer_rows():
     assert [tile_q(64, num_tiles) for num_tiles in (16, 17, 66, 67)] == [8, 16, 16, 64]
     assert [tile_q(32, num_tiles, 256) for num_tiles in (33, 34, 133)] == [8, 16, 32]
     assert tile_q(8, 1) == tile_q(1, 1) == 8
+
+
+def test_large_steps_have_tiles_of_two_kv_heads():
+    def heads(rows=8, num_tiles=8 * 132, head_dim=64, has_pairs=True, arch="sm_90a"):
+        return kernels.decode_config(arch, head_dim, rows, num_tiles, 132, has_pairs).heads
+
+    assert [heads(rows) for rows in (1, 7, 8, 9, 16)] == [2, 2, 2, 1, 1]
+    assert heads(num_tiles=8 * 132 - 1) == heads(num_tiles=None) == heads(has_pairs=False) == 1
+    assert [heads(head_dim=head_dim) for head_dim in kernels.DECODE_HEAD_DIMS] == [2, 1, 1, 1, 1, 1, 1]
+    assert [heads(arch=arch) for arch in CI_ARCHS] == [2, 2, 2, 1]  # two CTAs do not fit into 100 KiB
+    config = kernels.decode_config("sm_90a", 64, 4, 10**6, 132, True)
+    assert (config.tile_q, config.num_stages, config.ctas_per_sm) == (16, 3, 2)  # a block of 8 rows a head
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, True),
+        ({"storage": "interleaved"}, True),
+        ({"layout": "HND"}, False),
+        ({"layout": "HND", "page_size": 1}, True),  # the same memory as NHD
+        ({"storage": "strided"}, False),  # K has gaps between heads
+        ({"num_kv_heads": 3}, False),
+        ({"num_kv_heads": 1}, False),
+    ],
+)
+def test_which_caches_have_pairs(arguments, expected):
+    assert has_pairs(build_problem([40], **({"num_kv_heads": 4} | arguments)).cache) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({}, 2),
+        ({"layout": "HND"}, 1),
+        ({"num_kv_heads": 3}, 1),
+        ({"group_size": 9}, 1),
+        ({"head_dim": 128}, 1),
+        ({"qo_lens": [1, 1]}, 1),
+        ({"spare_entries": 1}, 1),
+    ],
+)
+def test_a_plan_passes_pairs_as_kv_heads(monkeypatch, changes, heads):
+    problem = build_problem([40, 3], **({"num_kv_heads": 4, "spare_entries": 20_000} | changes))
+    found = {}
+
+    class FakeRuns:
+        def __init__(self, caller, kernel, config, *sizes, **more):
+            found.update(more, kernel=kernel, config=config)
+
+        def fix(self, *arguments):
+            found["arguments"] = arguments
+
+    module = sys.modules[DecodePlan.__module__]
+    properties = SimpleNamespace(arch="sm_90a", num_sms=132)
+    monkeypatch.setattr(module, "Runs", FakeRuns)
+    monkeypatch.setattr(module, "get_kernel", lambda name, *template, device: template)
+    monkeypatch.setattr(module, "device_properties", lambda device: properties)
+    plan = object.__new__(DecodePlan)
+    plan.device, plan.fixed_split_size, plan.out_shape = 0, None, problem.q.shape
+    plan._prepare(problem.q, problem.cache, problem.pages, problem.qo_indptr is None, None, None)
+    assert found["config"].heads == heads
+    assert found["kernel"][kernels.DECODE.template.index("kHeads")] == heads
+    num_kv_heads, group_size = problem.num_kv_heads // heads, problem.q.shape[1] // problem.num_kv_heads
+    assert found["num_kv_heads"] == num_kv_heads
+    assert found["num_rows"] == 2 * group_size * heads
+    names = [name for name, kind in kernels.DECODE.args if kind != "ptr"]
+    arguments = dict(zip(names, found["arguments"], strict=False))
+    assert arguments["num_kv_heads"] == num_kv_heads
+    assert arguments["group_size"] == group_size * heads
+    for kv, strides in (("k", problem.cache.k_strides), ("v", problem.cache.v_strides)):
+        in_memory = tuple(arguments[f"{kv}_stride_{axis}"] for axis in ("page", "token", "head"))
+        assert in_memory == (*strides[:2], heads * strides[2])
+
+
+@pytest.mark.parametrize("arch", CI_ARCHS)
+def test_every_choice_of_decode_is_compiled_ahead(arch):
+    instances = set(kernels.DECODE.instances_for(arch))
+    for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
+        for rows, num_tiles, pairs in itertools.product(ROWS, (None, 10, 1000, 10**6), (False, True)):
+            config = kernels.decode_config(arch, head_dim, rows, num_tiles, 132, pairs)
+            assert config in kernels.decode_configs(arch, head_dim)
+            assert config.shared_bytes_per_sm(head_dim) <= kernels.shared_bytes_per_sm(arch)
+            assert kernels.decode_template(dtype, head_dim, config) in instances
+            if num_tiles is None:
+                assert kernels.decode_template(dtype, head_dim, config, True) in instances
 
 
 @pytest.mark.parametrize("arch", CI_ARCHS)

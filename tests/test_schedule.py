@@ -383,6 +383,14 @@ def test_cli_says_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     )  # the long one, others in 2
 
 
+def test_cli_has_pairs_of_kv_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--num-qo-heads", "16", "--num-kv-heads", "4", "--head-dim", "64")
+    assert main(["schedule", "--lens", *["8192"] * 4, *sizes]) == 0
+    rows = dict(re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert rows["CTAs"] == "256 of 264"  # 4 x 2 groups of 128 tiles
+    assert rows["groups split"] == "8 of 8"
+
+
 @pytest.mark.parametrize(
     "lens",
     [
