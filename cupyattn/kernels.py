@@ -23,10 +23,12 @@ DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 _KiB = 1024
 _RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
-_STATIC_SHARED_BYTES = 2 * _KiB  # at most: what decode.cu declares with a fixed size
+_STATIC_SHARED_BYTES = 2 * _KiB  # at most: what decode.cu and mla.cu declare with a fixed size
 #: Tiles of 64 keys and a KV head, for each SM, from which on pairs of heads are worked on. Of fewer, units of twice the
 #: bytes would be dealt out less evenly.
 _PAIR_TILES_PER_SM = 8
+#: The same, up to which tiles have 16 query rows instead of 32.
+_HALVED_TILES_PER_SM = 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def decode_config(
     num_tiles : int, optional
         Tiles of 64 keys that all KV heads of all requests have room for. If they are so few that even with fewer rows
         a tile all would be worked on at once, tiles have 16 rows; or 8, if there is an SM for each. The keys are then
-        read several times, but a CTA is done sooner, and that is what such a step waits for.
+        read several times, but a CTA is done sooner, and that is what such a step waits for. Instead of 32 rows tiles
+        have 16, for the same reason, up to a larger number: two of them take less time than one, while L2 keeps up.
     num_sms : int
         Matters with `num_tiles` only.
     has_pairs : bool
@@ -116,6 +119,8 @@ def decode_config(
             num_units = num_tiles * (64 // config.tile_kv) * -(-rows // config.tile_q)
             if config.tile_q < rows and num_units <= at_once:
                 return config
+        if 16 < rows <= 32 and 64 < head_dim <= 128 and num_tiles <= _HALVED_TILES_PER_SM * num_sms:
+            return decode_config(arch, head_dim, 16)
     per_sm = shared_bytes_per_sm(arch)
     if rows <= 16 or (rows <= 32 and head_dim <= 128):
         row_blocks = 4 if rows > 16 else -(-rows // 8)
@@ -287,7 +292,7 @@ class MLASm90Config:
     @property
     def packs_states(self) -> bool:
         """Whether it leaves PackedPartials."""
-        return self.tile_q == 64 and not self.is_cascade
+        return not self.is_cascade
 
     @property
     def shared_bytes(self) -> int:
@@ -313,7 +318,7 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
     -----
     With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on both sides.
     """
-    if rows <= 16 and num_tiles <= 3 * num_sms:
+    if rows <= 16 and num_tiles <= 9 * num_sms // 4:
         return None
     return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
 

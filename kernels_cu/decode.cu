@@ -102,21 +102,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const Divisor group{group_size, group_multiplier, group_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(kUsesWgmma ? 1024 : 128) unsigned char smem[];
-  const auto problem = [&]() {
-    if constexpr (kIsCascade) {
-      return cascade_problem(departures, smem, num_kv_heads, group, window_left, cascade...);
-    } else {
-      return Problem{PageTable{kv_indptr, kv_indices, table_row_stride},
-                     qo_indptr,
-                     kv_lens,
-                     batch_size,
-                     num_kv_heads,
-                     group,
-                     window_left,
-                     split_shift,
-                     max_splits};
-    }
-  }();
+  const auto problem =
+      problem_of(departures, smem, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr, kv_lens,
+                 batch_size, num_kv_heads, group, window_left, split_shift, max_splits, cascade...);
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse};

@@ -103,21 +103,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(128) unsigned char smem[];
-  const auto problem = [&]() {
-    if constexpr (kIsCascade) {
-      return cascade_problem(departures, smem, 1, heads, window_left, cascade...);
-    } else {
-      return Problem{PageTable{kv_indptr, kv_indices, table_row_stride},
-                     qo_indptr,
-                     kv_lens,
-                     batch_size,
-                     1,
-                     heads,
-                     window_left,
-                     split_shift,
-                     max_splits};
-    }
-  }();
+  const auto problem =
+      problem_of(departures, smem, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr, kv_lens,
+                 batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
   const Partials<kCkvDim, kTileQ> partials{partial_out, partial_lse};

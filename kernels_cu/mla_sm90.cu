@@ -14,13 +14,15 @@
 //     values  | P V of n | copy n + 2           | P V of n + 1 | copy n + 3 ...
 //
 // Weights pass through shared memory as the registers that the products take them in, once for both warpgroups of
-// values, which hold them in registers by the time they say that their place is free.
+// values, which hold them in registers by the time they say that their place is free. All threads that write or read
+// what is told so arrive at its barrier: racecheck does not follow one that arrives for its warp, nor bar.arrive.
 //
 // Shared memory, in blocks of 64 columns (wgmma.cuh), nine of which are a row:
 //   queries            64 rows, 72 KiB
 //   keys, values       2 tiles x 64 rows, 72 KiB each; where a segment ends, its results in the place of its last tile
 //   weights            8 KiB
 // A row of the query tile is (query token, query head): row = token * num_heads + head.
+// Partial states are packed (partials.cuh), but for cascades, whose merge takes single rows from all over.
 
 #include "cupyattn/barrier.cuh"
 #include "cupyattn/cascade.cuh"
@@ -128,23 +130,12 @@ __global__ void __launch_bounds__(384, 1)
   constexpr bool kIsCascade = sizeof...(Cascade) > 0;
   extern __shared__ __align__(1024) unsigned char smem_q[];  // blocks are aligned to 1024 bytes
   const auto make_problem = [&]() {
-    if constexpr (kIsCascade) {
-      return cascade_problem(departures, smem_q, 1, heads, window_left, cascade...);
-    } else {
-      return Problem{PageTable{kv_indptr, kv_indices, table_row_stride},
-                     qo_indptr,
-                     kv_lens,
-                     batch_size,
-                     1,
-                     heads,
-                     window_left,
-                     split_shift,
-                     max_splits};
-    }
+    return problem_of(departures, smem_q, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
+                      kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
   };
   const auto problem = make_problem();
   // Functions: what has an address, for a call to read, is in memory everywhere.
-  constexpr bool kPacks = kTileQ == kRows && !kIsCascade;
+  constexpr bool kPacks = !kIsCascade;
   const auto slots = [&]() {
     if constexpr (kPacks) {
       return PackedPartials<2 * kColumns, kTileQ>{reinterpret_cast<half_t*>(partial_out),
@@ -165,6 +156,8 @@ __global__ void __launch_bounds__(384, 1)
   __shared__ u32 smem_notes[4];  // TileNote, of each warp of the scores
   __shared__ float smem_factors[kRows];
   __shared__ float2 smem_stats[kRows];  // of a segment: 1 / sum, lse in base 2
+  // Flags of a segment's packed rows, of each warpgroup of values.
+  __shared__ u64 smem_flags[kPacks ? 2 : 1][kTileQ];
   // The last tile of each segment, written with S. Of two at most there are readers: S of a tile waits for the copy, which
   // values start when they are done with the tile before the last, results and all.
   constexpr int kSegments = 4;
@@ -188,8 +181,8 @@ __global__ void __launch_bounds__(384, 1)
   touch(logits_soft_cap);
   if (tid == 0) {
     for (int stage = 0; stage < kStages; ++stage) mbarrier_init(full_at(stage), kValueThreads);
-    mbarrier_init(weights_full, 4);
-    mbarrier_init(weights_empty, kValueThreads / 32);
+    mbarrier_init(weights_full, kThreads - kValueThreads);
+    mbarrier_init(weights_empty, kValueThreads);
   }
   if (tid < 2) smem_run_end.clear();
 
@@ -311,7 +304,6 @@ __global__ void __launch_bounds__(384, 1)
       if (ends_segment && warp == kValueThreads / 32) {
         TileInfo tile =
             TileInfo::of<Slots::kRowLines>(load, problem, smem_partition, begins_segment, true, 0);
-        // What began earlier in this run does not matter to anyone any more.
         if (lane == 0) {
           smem_tiles[segment % kSegments] = tile;
           if (!kIsCascade && tile.group.num_partials > 1) smem_run_end.add(tile);
@@ -423,8 +415,7 @@ __global__ void __launch_bounds__(384, 1)
         }
       }
       if (lane == 0) smem_notes[warp - kValueThreads / 32] = note;
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(weights_full);
+      mbarrier_arrive(weights_full);
       if (ends_run) break;
       stage ^= 1;
       full_parity ^= stage == 0;
@@ -567,10 +558,7 @@ __global__ void __launch_bounds__(384, 1)
             acc[n * 4 + half * 2] *= factor, acc[n * 4 + half * 2 + 1] *= factor;
         }
       }
-      if (!note.ends_segment()) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(weights_empty);
-      }
+      if (!note.ends_segment()) mbarrier_arrive(weights_empty);
       // O += P V
       const int tile_offset = kTileBytes + stage * kTileBytes + group * kBlocks * kBlockBytes;
       const Operand v_operand = swizzled_operand(uniform(smem_address_of(smem_q) + tile_offset), kBlockBytes);
@@ -595,138 +583,197 @@ __global__ void __launch_bounds__(384, 1)
       sync_warpgroup(group);
       if (note.ends_segment()) {
         // --- The segment's state is the result or the run's partial state. ---
-        // A quad has pairs of columns: through shared memory, a warp writes 128 next to each other; and where there are
-        // few rows, each warp some of them. Four columns lie in a place that is XORed with twice the row's last two
-        // bits, so that rows are in different banks.
-        constexpr bool kShares = kTileQ < kRows;
-        constexpr int kWarpRows = kTileQ / 4;  // that a warp writes
-        constexpr int kRowPlaces = kColumns / 4;
-        const int lane = lane_id();  // anew, or what follows from it would be kept all the time
-        const int quad_row = lane / 4;
-        const int first_row = warp % 4 * kWarpRows;
-        const float2 own_stats = smem_stats[first_row + lane % kWarpRows];  // a lane has a row
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(weights_empty);
-        float4* staging =
-            reinterpret_cast<float4*>(smem_q + tile_offset) + (kShares ? 0 : warp % 4 * 8 * kRowPlaces);
-        const auto stage_rows = [&](int half, int row) {
-          float2* pairs[4];  // where columns 8n + 2t, + 1 lie, by n % 4
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            pairs[n] =
-                reinterpret_cast<float2*>(staging + (row + quad_row) * kRowPlaces + (n ^ quad_row % 4) * 2) +
-                lane % 4;
-          }
-#pragma unroll
-          for (int n = 0; n < kColumns / 8; ++n) {
-            pairs[n % 4][n / 4 * 16] = make_float2(acc[n * 4 + half * 2], acc[n * 4 + half * 2 + 1]);
-          }
-        };
-        if constexpr (kShares) {
-          if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
-          sync_warpgroup(group);
-        }
         const TileInfo& last = smem_tiles[segment % kSegments];
         ++segment;
-        const int num_rows = last.num_rows<kTileQ>(heads) - first_row;  // of the warp's first one on
         const bool is_complete = last.group.num_partials == 1;
-        if (num_rows > 0) {
-          const auto output = results();
-          const auto partials = slots();
-          const int own_row = first_row + min(lane % kWarpRows, num_rows - 1);
+        const int lane = lane_id();  // anew, or what follows from it would be kept all the time
+        const int num_rows = last.num_rows<kTileQ>(heads);
+        constexpr int kWarpRows = kTileQ / 4;  // that a warp writes, where all warps write some
+        const int first_row = warp % 4 * kWarpRows;
+        const float2 own_stats = smem_stats[first_row + lane % kWarpRows];  // a lane has such a row
+        if (kPacks || is_complete) {
+          // Its numbers, of 16 bits, take the place of the tile's values: rows of 512 bytes, with chunks of 16 XORed with
+          // the row's last three bits, so that neither columns of pairs nor rows are in the same banks.
+          constexpr int kRowBytes = kColumns * 2;
+          const float2 stats[2] = {smem_stats[warp_row + lane / 4], smem_stats[warp_row + lane / 4 + 8]};
+          mbarrier_arrive(weights_empty);
+          const u32 place = smem_address_of(smem_q) + tile_offset;
+          if (warp_row < num_rows) {
+            float factor[2] = {stats[0].x, stats[1].x};
+            if (kPacks && !is_complete) {
+              // A quad has a row of this half of the columns.
+              const auto largest_of = [&](int half, auto of_finite) {
+                float largest = 0.0f;
+#pragma unroll
+                for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+                  for (int i = 0; i < 2; ++i) {
+                    const float x = fabsf(acc[n * 4 + half * 2 + i]);
+                    if (!of_finite.value || x < -neg_infinity()) largest = fmaxf(largest, x);
+                  }
+                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+                return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor[half];
+              };
+              float largest[2] = {largest_of(0, Bool<false>()), largest_of(1, Bool<false>())};
+              const bool all_finite[2] = {largest[0] < -neg_infinity(), largest[1] < -neg_infinity()};
+              if (__any_sync(0xffffffffu, !(all_finite[0] && all_finite[1]))) {
+                largest[0] = largest_of(0, Bool<true>());
+                largest[1] = largest_of(1, Bool<true>());
+              }
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const float scale = scale_to_pack(largest[half], all_finite[half]);
+                factor[half] *= scale;
+                if (lane % 4 == 0) {
+                  smem_flags[group][warp_row + half * 8 + lane / 4] =
+                      packed_flag(stats[half].y, reciprocal_of_power(scale));
+                }
+              }
+            }
+            const u32 first = place + (warp_row + lane % 16) * kRowBytes + 16 * (lane / 16 ^ lane % 8);
+            const auto pack = [&](auto type) {
+              using Packed = decltype(type);
+#pragma unroll
+              for (int n = 0; n < kColumns / 8; n += 2) {
+                u32 x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const float* pair = acc + (n + i / 2) * 4 + i % 2 * 2;
+                  x[i] = pack2<Packed>(pair[0] * factor[i % 2], pair[1] * factor[i % 2]);
+                }
+                stmatrix_x4((first ^ n % 8 * 16) + n / 8 * 128, x);
+              }
+            };
+            if (is_complete) {
+              pack(T());
+            } else if constexpr (kPacks) {
+              pack(half_t());
+            }
+          }
+          if constexpr (kTileQ < kRows) {
+            sync_warpgroup(group);
+          } else {
+            __syncwarp();  // a warp writes the rows that it has packed
+          }
+          const int own_row = first_row + lane % kWarpRows;
           u64 own_target;
           if (is_complete) {
             const auto result = [&]() {
-              if constexpr (kIsCascade) return result_row(problem, output, last, own_row, 0);
-              return output.row_at(last, own_row, 0);
+              const int row = min(own_row, num_rows - 1);
+              if constexpr (kIsCascade) return result_row(problem, results(), last, row, 0);
+              return results().row_at(last, row, 0);
             }();
             own_target = reinterpret_cast<u64>(result.out + group * kColumns);
-            if (group == 0 && lane < min(num_rows, kWarpRows)) result.write_lse(own_stats.y);
+            if (group == 0 && lane < kWarpRows && own_row < num_rows) result.write_lse(own_stats.y);
           } else {
-            own_target = reinterpret_cast<u64>(partials.row_at(last.state_row + own_row) + group * kColumns);
+            own_target = reinterpret_cast<u64>(slots().row_at(last.state_row + own_row) + group * kColumns);
           }
-          float own_factor = 1.0f;  // by which what is packed of a lane's row is to be multiplied
-          // Rows begin .. end - 1 of the warp, from the first place on; several at once, without branches: a row alone is
-          // a chain of latencies.
-          const auto write_rows = [&](auto complete, const float4* places, int begin, int end) {
-            constexpr int kAtOnce = kShares ? 4 : 2;  // there are no registers for more
+#pragma unroll 4
+          for (int row = first_row; row < first_row + kWarpRows; ++row) {
+            const uint4 x = *reinterpret_cast<const uint4*>(smem_q + tile_offset + row * kRowBytes +
+                                                            16 * (lane ^ row % 8));
+            const u64 target = __shfl_sync(0xffffffffu, own_target, row - first_row);
+            if (row < num_rows) store16(target + lane * 16, x);
+          }
+          if constexpr (kPacks) {
+            if (!is_complete) {
+              __syncwarp();
+              fence_acq_rel();  // flags after what they stand for
+              constexpr int kHalfLines = Slots::kRowLines / 2;
 #pragma unroll 1
-            for (int first = begin; first < end; first += kAtOnce, places += kAtOnce * kRowPlaces) {
-              float4 x[kAtOnce][2];
-              float factor[kAtOnce];
-#pragma unroll
-              for (int j = 0; j < kAtOnce; ++j) {
-                factor[j] = __shfl_sync(0xffffffffu, own_stats.x, first + j);
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                  x[j][i] = places[j * kRowPlaces + (i * 32 + lane ^ (first + j) % 4 * 2)];
-              }
-              if constexpr (kPacks && !complete.value) {
-#pragma unroll
-                for (int j = 0; j < kAtOnce; ++j) {
-                  const float scale = scale_to_pack(x[j][0], x[j][1], factor[j]);
-                  own_factor = lane == first + j ? reciprocal_of_power(scale) : own_factor;
-                  factor[j] *= scale;
-                }
-              }
-#pragma unroll
-              for (int j = 0; j < kAtOnce; ++j) {
-                const u64 target = __shfl_sync(0xffffffffu, own_target, first + j);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  const int column = (i * 32 + lane) * 4;
-                  const float4 y = make_float4(x[j][i].x * factor[j], x[j][i].y * factor[j],
-                                               x[j][i].z * factor[j], x[j][i].w * factor[j]);
-                  if (first + j >= num_rows) continue;
-                  if constexpr (complete.value) {
-                    store4<T>(target + column * sizeof(T), y);
-                  } else if constexpr (kPacks) {
-                    store4<half_t>(target + column * sizeof(half_t), y);
-                  } else {
-                    partials.write4(reinterpret_cast<float*>(target) + column, y);
-                  }
+              for (int i = lane; i < kWarpRows * kHalfLines; i += 32) {
+                const int row = first_row + i / kHalfLines;
+                const int line = group * kHalfLines + i % kHalfLines;
+                if (row < num_rows) {
+                  store_relaxed(slots().flag_at(0, (last.state_row + row) * Slots::kRowLines + line),
+                                smem_flags[group][row]);
                 }
               }
             }
-          };
-          const auto write = [&](const float4* places, int begin, int end) {
-            if (is_complete) {
-              write_rows(Bool<true>(), places, begin, end);
-            } else {
-              write_rows(Bool<false>(), places, begin, end);
+          }
+        } else if constexpr (!kPacks) {
+          // Pairs of columns that a quad has of a row: through shared memory, a warp writes 128 next to each other; and
+          // where there are few rows, each warp some of them. Four columns lie in a place that is XORed with twice the
+          // row's last two bits, so that rows are in different banks.
+          constexpr bool kShares = kTileQ < kRows;
+          constexpr int kRowPlaces = kColumns / 4;
+          const int quad_row = lane / 4;
+          mbarrier_arrive(weights_empty);
+          float4* staging =
+              reinterpret_cast<float4*>(smem_q + tile_offset) + (kShares ? 0 : warp % 4 * 8 * kRowPlaces);
+          const auto stage_rows = [&](int half, int row) {
+            float2* pairs[4];  // where columns 8n + 2t, + 1 lie, by n % 4
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+              pairs[n] = reinterpret_cast<float2*>(staging + (row + quad_row) * kRowPlaces +
+                                                   (n ^ quad_row % 4) * 2) +
+                         lane % 4;
+            }
+#pragma unroll
+            for (int n = 0; n < kColumns / 8; ++n) {
+              pairs[n % 4][n / 4 * 16] = make_float2(acc[n * 4 + half * 2], acc[n * 4 + half * 2 + 1]);
             }
           };
           if constexpr (kShares) {
-            write(staging + first_row * kRowPlaces, 0, kWarpRows);
-          } else {
-            // One loop for both halves: to fetch code that has not been run takes longer than to run it.
-#pragma unroll 1
-            for (int half = 0; half * 8 < min(num_rows, 16); ++half) {
-              if (half == 0) {
-                stage_rows(0, 0);
-              } else {
-                stage_rows(1, 0);
-              }
-              __syncwarp();
-              write(staging, half * 8, half * 8 + 8);
-              __syncwarp();
-            }
+            if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
+            sync_warpgroup(group);
           }
-          if (!is_complete) {
-            if (kPacks) fence_acq_rel();  // flags after what they stand for
+          const int rows_left = num_rows - first_row;  // from the warp's first one on
+          if (rows_left > 0) {
+            const auto partials = slots();
+            const int own_row = first_row + min(lane % kWarpRows, rows_left - 1);
+            const u64 own_target =
+                reinterpret_cast<u64>(partials.row_at(last.state_row + own_row) + group * kColumns);
+            // Rows begin .. end - 1 of the warp, from the first place on; several at once, without branches: a row alone
+            // is a chain of latencies.
+            const auto write = [&](const float4* places, int begin, int end) {
+              constexpr int kAtOnce = kShares ? 4 : 2;  // there are no registers for more
+#pragma unroll 1
+              for (int first = begin; first < end; first += kAtOnce, places += kAtOnce * kRowPlaces) {
+                float4 x[kAtOnce][2];
+#pragma unroll
+                for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                  for (int i = 0; i < 2; ++i)
+                    x[j][i] = places[j * kRowPlaces + (i * 32 + lane ^ (first + j) % 4 * 2)];
+#pragma unroll
+                for (int j = 0; j < kAtOnce; ++j) {
+                  const float factor = __shfl_sync(0xffffffffu, own_stats.x, first + j);
+                  const u64 target = __shfl_sync(0xffffffffu, own_target, first + j);
+#pragma unroll
+                  for (int i = 0; i < 2; ++i) {
+                    if (first + j >= rows_left) continue;
+                    partials.write4(reinterpret_cast<float*>(target) + (i * 32 + lane) * 4,
+                                    make_float4(x[j][i].x * factor, x[j][i].y * factor, x[j][i].z * factor,
+                                                x[j][i].w * factor));
+                  }
+                }
+              }
+            };
+            if constexpr (kShares) {
+              write(staging + first_row * kRowPlaces, 0, kWarpRows);
+            } else {
+              // One loop for both halves: to fetch code that has not been run takes longer than to run it.
+#pragma unroll 1
+              for (int half = 0; half * 8 < min(rows_left, 16); ++half) {
+                if (half == 0) {
+                  stage_rows(0, 0);
+                } else {
+                  stage_rows(1, 0);
+                }
+                __syncwarp();
+                write(staging, half * 8, half * 8 + 8);
+                __syncwarp();
+              }
+            }
             constexpr int kLines = kColumns / Slots::kLineDims;
 #pragma unroll 1
             for (int i = lane; i < kWarpRows * kLines; i += 32) {
               const int row = i / kLines;
               const float row_lse = __shfl_sync(0xffffffffu, own_stats.y, row);
-              const float row_factor = __shfl_sync(0xffffffffu, own_factor, row);
-              if (row >= num_rows) continue;
-              const int dim = group * kColumns + i % kLines * Slots::kLineDims;
-              if constexpr (kPacks) {
-                partials.write_flag(last.state_row + first_row + row, dim, row_lse, row_factor);
-              } else {
-                partials.write_lse(last.state_row + first_row + row, dim, row_lse);
-              }
+              if (row >= rows_left) continue;
+              partials.write_lse(last.state_row + first_row + row,
+                                 group * kColumns + i % kLines * Slots::kLineDims, row_lse);
             }
           }
         }

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from cupyattn.kernels import _STATIC_SHARED_BYTES
+from cupyattn.kernels import _STATIC_SHARED_BYTES, MLASm90Config
 from cupyattn.runtime import CI_ARCHS, Build, get_spec, list_kernels
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,10 @@ def built(request: pytest.FixtureRequest) -> Iterator[Callable[[Instance], Build
 def test_compiles_without_spills(instance: Instance, built: Callable[[Instance], Build]) -> None:
     result = built(instance)
     assert result.resources.spills == 0, result.log
-    if instance[1] != "mla_sm90" and instance[1] != "mla_sm90_cascade":  # which take an SM alone
+    if instance[1] in ("mla_sm90", "mla_sm90_cascade"):  # which take an SM alone
+        config = MLASm90Config(int(instance[2][1]))
+        assert result.resources.static_smem + config.shared_bytes <= 227 * 1024
+    else:
         assert result.resources.static_smem <= _STATIC_SHARED_BYTES
     assert "warning" not in result.log.lower(), result.log
     # What ptxas says of products that it must not let overlap, and of waits that it had to add.

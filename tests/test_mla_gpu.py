@@ -270,18 +270,18 @@ def test_merges(xp, pools, num_heads):
             check(problem, (num_heads, step, ragged))
 
 
-@pytest.mark.parametrize("num_heads", [64, 128])
+@pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
 @pytest.mark.parametrize("values", ["huge", "tiny", "zero", "infinite", "infinite-alone"])
 def test_values_that_float16_cannot_hold(xp, values, num_heads):
-    """Partial states of 64 rows are packed into float16, with a factor; an infinity stays in its column.
+    """Partial states are packed into float16, with a factor; an infinity stays in its column.
 
     Values are keys too: queries make up for their size, and a cap makes infinite logits finite.
     """
     factor = {"huge": 2.0**114, "tiny": 2.0**-100, "infinite": 1.0}.get(values, 0.0)
     is_infinite = values.startswith("infinite")
     problem = build(
-        xp, size(xp, [20_000, 700, 0], [100, 30, 0]), num_heads=size(xp, num_heads, num_heads // 32),
-        logits_soft_cap=5.0 if is_infinite else 0.0,
+        xp, size(xp, [20_000, 700, 0], [100, 30, 0]), num_heads=size(xp, num_heads, -(-num_heads // 32)),
+        logits_soft_cap=5.0 if is_infinite else 0.0, spare_entries=12_000,  # too many for mla.cu
     )  # fmt: skip
     ckv, q_ckv = problem.ckv_pages, problem.q[..., : problem.ckv_dim]
     scaled = ckv.astype(np.float32) * factor

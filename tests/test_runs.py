@@ -60,7 +60,9 @@ def test_small_steps_have_tiles_of_fewer_rows():
         return kernels.decode_config("sm_90a", head_dim, rows, num_tiles, 132).tile_q
 
     assert [tile_q(rows, 10**6) for rows in (1, 8, 9, 16, 17, 32, 33)] == [8, 8, 16, 16, 32, 32, 64]
-    assert [tile_q(32, num_tiles) for num_tiles in (33, 34, 132, 133)] == [8, 16, 16, 32]  # 4 x 33 = 132 SMs
+    assert [tile_q(32, num_tiles) for num_tiles in (33, 34)] == [8, 16]  # 4 x 33 = 132 SMs
+    assert [tile_q(17, num_tiles) for num_tiles in (20 * 132, 20 * 132 + 1)] == [16, 32]
+    assert [tile_q(32, num_tiles, 64) for num_tiles in (132, 264, 265)] == [16, 32, 32]
     assert [tile_q(16, num_tiles) for num_tiles in (66, 67)] == [8, 16]
     assert [tile_q(64, num_tiles) for num_tiles in (16, 17, 66, 67)] == [8, 16, 16, 64]
     assert [tile_q(32, num_tiles, 256) for num_tiles in (33, 34, 133)] == [8, 16, 32]
@@ -165,6 +167,8 @@ def test_every_shape_of_the_mla_kernel_fits(arch):
 def test_shapes_of_the_sm90_kernel():
     assert kernels.mla_sm90_config(16, 86, 132) is None  # 1 x 4096, 16 heads
     assert kernels.mla_sm90_config(17, 86, 132).tile_q == 32
+    assert kernels.mla_sm90_config(16, 9 * 33, 132) is None
+    assert kernels.mla_sm90_config(16, 9 * 33 + 1, 132).tile_q == 16
     assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 64, 65, 256)] == [
         16, 16, 32, 32, 64, 64, 64, 64,
     ]  # fmt: skip
@@ -172,8 +176,8 @@ def test_shapes_of_the_sm90_kernel():
     for rows in ROWS:
         config = kernels.mla_sm90_config(rows, 10**6, 132)
         assert config in kernels.MLA_SM90_CONFIGS
-        assert config.packs_states == (rows > 32)
-        assert config.shared_bytes + 2 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
+        assert config.packs_states
+        assert config.shared_bytes + 4 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
         assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
 

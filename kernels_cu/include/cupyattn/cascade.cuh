@@ -241,9 +241,18 @@ struct CascadeProblem {
   }
 };
 
-__device__ __forceinline__ CascadeProblem cascade_problem(void* workspace, void* smem, int num_kv_heads,
-                                                          const Divisor& group_size, int window_left,
-                                                          const Levels& levels) {
+// What a kernel's arguments say, without and with levels. `smem`: its dynamic shared memory.
+__device__ __forceinline__ Problem problem_of(void* workspace, void* smem, const PageTable& pages,
+                                              const int* qo_indptr, const int* kv_lens, int batch_size,
+                                              int num_kv_heads, const Divisor& group_size, int window_left,
+                                              int split_shift, int max_splits) {
+  return {pages,      qo_indptr,   kv_lens,     batch_size, num_kv_heads,
+          group_size, window_left, split_shift, max_splits};
+}
+__device__ __forceinline__ CascadeProblem problem_of(void* workspace, void* smem, const PageTable&,
+                                                     const int*, const int*, int, int num_kv_heads,
+                                                     const Divisor& group_size, int window_left, int, int,
+                                                     const Levels& levels) {
   char* memory = static_cast<char*>(levels.nodes_in_shared ? smem : workspace);
   Node* nodes = reinterpret_cast<Node*>(memory + levels.nodes_offset);
   return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, levels.group_overhead,

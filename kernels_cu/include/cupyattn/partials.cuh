@@ -80,12 +80,6 @@ __device__ __forceinline__ u64 atomic_cas(u64* gmem, u64 expected, u64 x) {
   return old;
 }
 
-__device__ __forceinline__ uint2 load_relaxed(const uint2* gmem) {
-  uint2 x;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(gmem) : "memory");
-  return x;
-}
-
 // Before a flag is written, and after one has been read.
 __device__ __forceinline__ void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
@@ -131,27 +125,22 @@ struct Partials {
   }
 };
 
-// By what a warp's numbers are multiplied before they are packed, `factor` and a power of two, of which the latter is
-// returned: the largest then is near the top of what half_t holds, so that those up to 2^-29 of it are as exact, and
-// those of less than 2^-39 of it become 0. Infinities and NaN stay what they are.
-__device__ __forceinline__ float scale_to_pack(const float4& x, const float4& y, float factor) {
-  const float numbers[] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-  constexpr u32 kInfinity = 0x7f800000;
-  u32 largest = 0;  // as bits, which are in the same order
-  bool all_finite = true;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const u32 bits = __float_as_uint(fabsf(numbers[i] * factor));
-    all_finite &= bits < kInfinity;
-    largest = max(largest, bits < kInfinity ? bits : 0);
-  }
-  const int exponent = static_cast<int>(__reduce_max_sync(0xffffffffu, largest) >> 23);
+// By what a row's numbers are multiplied before they are packed, a power of two: `largest`, of the finite ones, then is
+// near the top of what half_t holds, so that those down to 2^-29 of it are as exact, and those of less than 2^-39 of it
+// become 0. Infinities and NaN stay what they are.
+__device__ __forceinline__ float scale_to_pack(float largest, bool all_finite) {
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);
   // Beside an infinity no more than 2^14: what it is to be multiplied by must not become 0 when it has been weighed.
-  const int most = __all_sync(0xffffffffu, all_finite) ? 253 : 127 + 14;
+  const int most = all_finite ? 253 : 127 + 14;
   return __uint_as_float(static_cast<u32>(min(2 * 127 + 14 - exponent, most)) << 23);
 }
 __device__ __forceinline__ float reciprocal_of_power(float x) {
   return __uint_as_float((254u << 23) - __float_as_uint(x));
+}
+
+// A row's flag, see below.
+__device__ __forceinline__ u64 packed_flag(float row_lse_log2, float factor) {
+  return static_cast<u64>(__float_as_uint(factor)) << 32 | __float_as_uint(row_lse_log2);
 }
 
 // The same of packed states.
@@ -161,21 +150,17 @@ struct PackedPartials {
   static constexpr int kRowLines = kHeadDim / kLineDims;
 
   half_t* out;  // [num_slots, kTileQ, kHeadDim], to be multiplied by
-  // [num_slots, kTileQ, kRowLines]: low word the row's lse in base 2, high word the factor, which is not 0
+  // [num_slots, kTileQ, kRowLines]: low word the row's lse in base 2, high word the factor of its half, which is not 0.
+  // Written after all that they stand for, and fence_acq_rel.
   u64* flags;
 
-  __device__ __forceinline__ int line_of(int slot, int line) const {
-    return slot * (kTileQ * kRowLines) + line;
+  __device__ __forceinline__ u64* flag_at(int slot, int line) const {
+    return flags + slot * (kTileQ * kRowLines) + line;
   }
-  __device__ __forceinline__ half_t* line_at(int line) const {
-    return out + static_cast<i64>(line) * kLineDims;
+  __device__ __forceinline__ half_t* line_at(int slot, int line) const {
+    return row_at(slot * kTileQ) + line * kLineDims;
   }
   __device__ __forceinline__ half_t* row_at(int row) const { return out + static_cast<i64>(row) * kHeadDim; }
-  // After a barrier of those who have written the line and fence_acq_rel.
-  __device__ __forceinline__ void write_flag(int row, int dim, float row_lse_log2, float factor) const {
-    const u64 bits = static_cast<u64>(__float_as_uint(factor)) << 32 | __float_as_uint(row_lse_log2);
-    store_relaxed(flags + static_cast<i64>(row) * kRowLines + dim / kLineDims, bits);
-  }
 };
 
 // Where the states of one group lie: state j in slot first + j * step, but for state 0.
@@ -452,141 +437,179 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
   }
 }
 
-// The sum over states of weight x line, for lines `line`, `line` + `line_step`, ... (kLines of those before
-// `end_line`) and states `part`, `part` + `num_parts`, ...; 16 lanes share a line.
-template <int kLines, int kStates, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void add_lines(const PackedPartials<kHeadDim, kTileQ>& partials,
-                                          const GroupSlots& group, const float* weights, int line,
-                                          int line_step, int end_line, int part, int num_parts,
-                                          float4 (&acc)[kLines]) {
-#pragma unroll 1
-  for (int begin = part; begin < group.num_partials; begin += kStates * num_parts) {
-    uint2 value[kLines][kStates];
-#pragma unroll
-    for (int j = 0; j < kStates; ++j) {
-      const int state = begin + j * num_parts;
-      const uint2* source =
-          reinterpret_cast<const uint2*>(partials.line_at(partials.line_of(group.slot(state), 0))) +
-          threadIdx.x % 16;
-#pragma unroll
-      for (int l = 0; l < kLines; ++l) {
-        value[l][j] = make_uint2(0, 0);
-        if (state < group.num_partials && line + l * line_step < end_line) {
-          value[l][j] = load_relaxed(source + (line + l * line_step) * 16);
-        }
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kStates; ++j)
-#pragma unroll
-      for (int l = 0; l < kLines; ++l) {
-        const int state = min(begin + j * num_parts, group.num_partials - 1);
-        const float weight = weights[l * line_step * group.num_partials + state];
-        const float2 first = unpack2(value[l][j].x);
-        const float2 second = unpack2(value[l][j].y);
-        acc[l].x += weight * first.x, acc[l].y += weight * first.y;
-        acc[l].z += weight * second.x, acc[l].w += weight * second.y;
-      }
-  }
-}
-
-// As merge_lines, of packed states: first all flags, which become weights; then the lines, of which there is one at
-// least. `scratch`: 16 bytes a thread; for every line a float, and for every state of it two.
+// As merge_lines, of packed states, one line at least. Code that runs once takes longer to fetch than to run: so loops are
+// not unrolled, and lines pass through shared memory, from which each lane takes what it has copied. `scratch`: for each
+// line and state that a team of lanes has (32 at most, of 64 rows and 132 CTAs), 136 bytes a team; 272 bytes a warp.
 template <int kThreads, int kHeadDim, int kTileQ, typename Find>
 __device__ __forceinline__ void merge_packed_lines(const PackedPartials<kHeadDim, kTileQ>& partials,
                                                    const GroupSlots& group, int first_line, int end_line,
-                                                   float* scratch, const Find& find) {
+                                                   unsigned char* scratch, const Find& find) {
   constexpr int kRowLines = PackedPartials<kHeadDim, kTileQ>::kRowLines;
-  constexpr int kTeams = kThreads / 16;
+  constexpr int kTeams = kThreads / 8;
+  const int tid = threadIdx.x;
+  const int lane = tid % 8;  // eight are a team, and share a line
+  const int team = tid / 8;
   const int num_lines = end_line - first_line;
   const int num_states = group.num_partials;
-  float4* sums = reinterpret_cast<float4*>(scratch);  // [kThreads]
-  float* line_lse = scratch + kThreads * 4;           // [num_lines]
-  float* weights = line_lse + num_lines;              // [num_lines][num_states]
-  float* factors = weights + num_lines * num_states;  // alike
+  // With fewer lines than teams, several share the states of a line, in powers of two; else a team has several lines.
+  const int parts_log2 = num_lines >= kTeams ? 0 : 31 - __clz(kTeams / num_lines);
+  const int part = team & (1 << parts_log2) - 1;
+  const int first_own = team >> parts_log2;
+  const int most_lines = parts_log2 == 0 ? ceil_div(num_lines, kTeams) : 1;
+  const int most_states = ceil_div(num_states, 1 << parts_log2);
+  const int own_states = num_states - part + (1 << parts_log2) - 1 >> parts_log2;
+  const auto has_line = [&](int i) { return first_own + i * kTeams < num_lines; };
+  uint4* data = reinterpret_cast<uint4*>(scratch) + tid;  // [most_lines * most_states][kThreads]
+  const int most = most_lines * most_states;
+  // lse, then weight, and factor: [most][kTeams]
+  float2* weights = reinterpret_cast<float2*>(scratch + most * kThreads * sizeof(uint4)) + team;
+  float* sums =
+      reinterpret_cast<float*>(weights - team + most * kTeams);  // [kThreads / 32][8][8], then max and sum
+
+  // A lane finds states of lines, and waits for them; then all copy what the eight have found.
+  constexpr int kFinds = 2;  // at once
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num_lines * num_states; i += kThreads) {
-    const int state = static_cast<u32>(i) / static_cast<u32>(num_lines);
-    const int line = i - state * num_lines;
-    u64* flag = partials.flags + partials.line_of(group.slot(state), first_line + line);
-    u64 x = load_relaxed(flag);
-    for (int polls = 0; x == 0; ++polls) {
+  for (int begin = 0; begin < most; begin += 8 * kFinds) {
+    u64* flags[kFinds];  // null: none
+    u64 sources[kFinds];
+    u64 x[kFinds];
+#pragma unroll
+    for (int k = 0; k < kFinds; ++k) {
+      const int i = begin + k * 8 + lane;
+      const int own_line = static_cast<u32>(i) / static_cast<u32>(most_states);
+      const int own_state = i - own_line * most_states;
+      const bool exists = i < most && own_state < own_states && has_line(own_line);
+      const int slot = group.slot(part + (own_state << parts_log2));
+      const int line = first_line + first_own + own_line * kTeams;
+      flags[k] = exists ? partials.flag_at(slot, line) : nullptr;
+      sources[k] = exists ? reinterpret_cast<u64>(partials.line_at(slot, line)) : 0;
+    }
+#pragma unroll 1
+    for (int polls = 0;; ++polls) {
+      bool all_there = true;
+#pragma unroll
+      for (int k = 0; k < kFinds; ++k) {
+        x[k] = 1;
+        if (flags[k] != nullptr) x[k] = load_relaxed(flags[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kFinds; ++k) all_there &= x[k] != 0;
+      if (all_there) break;
       if (polls > kPatience) __trap();
-      if (polls >= kHotPolls) __nanosleep(100);
-      x = load_relaxed(flag);
+      if (polls >= kHotPolls) __nanosleep(40);
     }
-    store_relaxed(flag, 0);
-    weights[line * num_states + state] = __uint_as_float(static_cast<u32>(x));
-    factors[line * num_states + state] = __uint_as_float(static_cast<u32>(x >> 32));
-  }
-  fence_acq_rel();
-  sync_threads<kThreads>();
-  // With few lines, a warp has one, else a thread.
-  const bool by_warp = num_lines < 32;
-  const int lane = by_warp ? threadIdx.x % 32 : 0;
-  const int num_lanes = by_warp ? 32 : 1;
-#pragma unroll 1
-  for (int line = by_warp ? threadIdx.x / 32 : threadIdx.x; line < num_lines; line += kThreads / num_lanes) {
-    float* own = weights + line * num_states;
-    SoftmaxState state;
-    float lse_max = neg_infinity();
-    for (int j = lane; j < num_states; j += num_lanes) lse_max = fmaxf(lse_max, own[j]);
-    if (by_warp) {
+    fence_acq_rel();
+    __syncwarp();
+    // As many for each team of the warp.
+    const int num = min(8 * kFinds, most - begin);
 #pragma unroll
-      for (int delta = 1; delta < 32; delta *= 2) {
-        lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
+    for (int k = 0; k < kFinds; ++k) {
+#pragma unroll 4
+      for (int j = 0; j < min(8, num - k * 8); ++j) {
+        const u64 source = __shfl_sync(0xffffffffu, sources[k], j, 8);
+        if (source != 0) {
+          cp_async_16(smem_address_of(data + (begin + k * 8 + j) * kThreads),
+                      reinterpret_cast<const uint4*>(source) + lane, true);
+        }
+      }
+      if (flags[k] != nullptr) {
+        weights[(begin + k * 8 + lane) * kTeams] = make_float2(__uint_as_float(static_cast<u32>(x[k])),
+                                                               __uint_as_float(static_cast<u32>(x[k] >> 32)));
+        store_relaxed(flags[k], 0);
       }
     }
-    state.raise(lse_max);
-    for (int j = lane; j < num_states; j += num_lanes) state.sum += own[j] = state.weight(own[j]);
-    if (by_warp) {
-#pragma unroll
-      for (int delta = 1; delta < 32; delta *= 2) {
-        state.sum += __shfl_xor_sync(0xffffffffu, state.sum, delta);
-      }
-    }
-    const float inverse = state.inverse_sum();
-    for (int j = lane; j < num_states; j += num_lanes) own[j] *= inverse * own[num_lines * num_states + j];
-    if (lane == 0) line_lse[line] = state.lse_log2();
+    __syncwarp();
   }
-  sync_threads<kThreads>();
-  // Sixteen lanes are a team. With fewer lines than teams, several share the states of a line.
-  const auto finish = [&](int line, const float4& x) {
-    const int at = first_line + line;
-    const auto target = find(at / kRowLines, at % kRowLines * partials.kLineDims + threadIdx.x % 16 * 4);
-    target.write(0, x);
-    target.write_lse(line_lse[line]);
-  };
-  const int team = threadIdx.x / 16;
-  if (num_lines >= kTeams) {
-    constexpr int kLines = 4;
+  cp_async_commit();
+  // Weights: a team's lanes have a line each; or the states of one line, together with those of all teams in the warp.
+  SoftmaxState state;
+  const int together = min(8 << parts_log2, 32);
+  const auto states_of = [&](int l) { return has_line(l) ? own_states : 0; };
+  if (most_lines > 1) {
 #pragma unroll 1
-    for (int line = team; line < num_lines; line += kLines * kTeams) {
-      float4 acc[kLines] = {};
-      add_lines<kLines, 4>(partials, group, weights + line * num_states, first_line + line, kTeams, end_line,
-                           0, 1, acc);
-#pragma unroll
-      for (int l = 0; l < kLines; ++l) {
-        if (line + l * kTeams < num_lines) finish(line + l * kTeams, acc[l]);
+    for (int l = lane; l < most_lines; l += 8) {
+      float2* own = weights + l * most_states * kTeams;
+      SoftmaxState of_line;
+      float lse_max = neg_infinity();
+      for (int j = 0; j < states_of(l); ++j) lse_max = fmaxf(lse_max, own[j * kTeams].x);
+      of_line.raise(lse_max);
+      for (int j = 0; j < states_of(l); ++j) of_line.sum += of_line.weight(own[j * kTeams].x);
+      const float inverse = of_line.inverse_sum();
+      for (int j = 0; j < states_of(l); ++j) {
+        const float2 x = own[j * kTeams];
+        own[j * kTeams] = make_float2(of_line.weight(x.x) * x.y * inverse, of_line.lse_log2());
       }
     }
   } else {
-    const int num_parts = kTeams / num_lines;
-    const int line = team / num_parts;
-    float4 acc[1] = {};
-    if (line < num_lines) {
-      add_lines<1, 8>(partials, group, weights + line * num_states, first_line + line, kTeams, end_line,
-                      team % num_parts, num_parts, acc);
-    }
-    sums[threadIdx.x] = acc[0];
-    sync_threads<kThreads>();
-    if (line < num_lines && team % num_parts == 0) {
+    float lse_max = neg_infinity();
+    for (int j = lane; j < states_of(0); j += 8) lse_max = fmaxf(lse_max, weights[j * kTeams].x);
 #pragma unroll 1
-      for (int i = 1; i < num_parts; ++i) {
-        const float4 x = sums[threadIdx.x + i * 16];
-        acc[0].x += x.x, acc[0].y += x.y, acc[0].z += x.z, acc[0].w += x.w;
+    for (int delta = 1; delta < together; delta *= 2) {
+      lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
+    }
+    state.raise(lse_max);
+    for (int j = lane; j < states_of(0); j += 8) {
+      const float2 x = weights[j * kTeams];
+      const float weight = state.weight(x.x);
+      state.sum += weight;
+      weights[j * kTeams].x = weight * x.y;
+    }
+#pragma unroll 1
+    for (int delta = 1; delta < together; delta *= 2) {
+      state.sum += __shfl_xor_sync(0xffffffffu, state.sum, delta);
+    }
+  }
+  cp_async_wait<0>();
+  __syncwarp();
+#pragma unroll 1
+  for (int l = 0; l < most_lines; ++l) {
+    const float2* own = weights + l * most_states * kTeams;
+    float acc[8] = {};
+#pragma unroll 4
+    for (int j = 0; j < states_of(l); ++j) {
+      const float weight = own[j * kTeams].x;
+      const uint4 x = data[(l * most_states + j) * kThreads];
+      const u32 words[] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack2(words[i]);
+        acc[2 * i] += weight * pair.x, acc[2 * i + 1] += weight * pair.y;
       }
-      finish(line, acc[0]);
+    }
+#pragma unroll 1
+    for (int delta = 8; delta < together; delta *= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], delta);
+    }
+    if (parts_log2 > 2) {  // and several warps'
+      float* theirs = sums + tid / 32 * 68 + lane;
+      if (tid % 32 < 8) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) theirs[i * 8] = acc[i];
+        if (lane < 2) theirs[64] = lane == 0 ? state.max : state.sum;
+      }
+      sync_threads<kThreads>();
+      if (part == 0) {
+#pragma unroll 1
+        for (int w = 1; w < 1 << parts_log2 - 2; ++w) {
+          theirs += 68;
+          const float factor = state.raise(theirs[64 - lane]);
+          const float weight = state.weight(theirs[64 - lane]);
+          state.sum += weight * theirs[65 - lane];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[i] = factor * acc[i] + weight * theirs[i * 8];
+        }
+      }
+    }
+    if (part == 0 && has_line(l)) {
+      const float inverse = most_lines > 1 ? 1.0f : state.inverse_sum();
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] *= inverse;
+      const int line = first_line + first_own + l * kTeams;
+      const auto target = find(line / kRowLines, line % kRowLines * partials.kLineDims + lane * 8);
+      target.write(0, make_float4(acc[0], acc[1], acc[2], acc[3]));
+      target.write(4, make_float4(acc[4], acc[5], acc[6], acc[7]));
+      target.write_lse(most_lines > 1 ? own[0].y : state.lse_log2());
     }
   }
   sync_threads<kThreads>();  // the scratch memory is free again

@@ -84,12 +84,11 @@ __device__ __forceinline__ void store4(T* gmem, const float4& x) {
   *reinterpret_cast<uint2*>(gmem) = make_uint2(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w));
 }
 
-// At a global address, of which the compiler does not know that it is one.
-template <typename T>
-__device__ __forceinline__ void store4(u64 address, const float4& x) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+// To a global address, of which the compiler does not know that it is one.
+__device__ __forceinline__ void store16(u64 address, const uint4& x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                :
-               : "l"(address), "r"(pack2<T>(x.x, x.y)), "r"(pack2<T>(x.z, x.w))
+               : "l"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 }
 
@@ -154,7 +153,8 @@ __device__ __forceinline__ void merge_share(const PackedPartials<kHeadDim, kTile
                                             float* scratch) {
   static_assert(!kFixedSplits);
   if (tile.first_line < tile.end_line) {
-    merge_packed_lines<kThreads>(partials, tile.group, tile.first_line, tile.end_line, scratch,
+    merge_packed_lines<kThreads>(partials, tile.group, tile.first_line, tile.end_line,
+                                 reinterpret_cast<unsigned char*>(scratch),
                                  [&](int row, int dim) { return output.row_at(tile, row, dim); });
   }
 }

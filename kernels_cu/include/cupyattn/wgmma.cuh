@@ -55,6 +55,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+// Four 8 x 8 matrices of 16-bit numbers, of which a quad has a row, as accumulators have it, to shared memory: lane i says
+// where row i % 8 of matrix i / 8 goes.
+__device__ __forceinline__ void stmatrix_x4(u32 smem_address, const u32 (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(smem_address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+#endif
+
 // What other threads have written to shared memory, and told by a barrier, is there for the tensor cores too.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
