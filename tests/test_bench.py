@@ -427,6 +427,8 @@ def test_cascade_variants_read_the_same_pages(config: CascadeConfig) -> None:
     groups = problem.facts["groups"]
     assert groups == [pages.batch_size for pages, _ in auto.args[2].levels]  # type: ignore[attr-defined]
     assert (len(groups) > 1) == (problem.facts["saving_us"] > 0) == (config.step.batch == 8)
+    # All there is to share is launched once more, not from arrays of its own.
+    assert (problem.variants["cascade_us"] is problem.launches) == (groups == problem.facts["cascade_groups"])
     assert repr(problem.host["levels_us"]().levels) == repr(auto.args[2])  # type: ignore[attr-defined]
 
 
