@@ -222,8 +222,10 @@ class _CascadePlan(AttentionPlan):
         """Return pointers as the kernel takes them, null for the one table that it has else, and Levels."""
         bound: tuple[Any, ...] = super().bind(arrays, place)
         if isinstance(self.runs, CascadeRuns):
-            before = len(bound) - len(self.table_names)
-            bound = (*bound[:before], 0, 0, 0, 0, self.runs.pack(bound[before + 1 :]))
+            addresses = [x for x in bound if isinstance(x, int)]
+            before = len(addresses) - len(self.table_names)
+            structs = bound[len(addresses) :]
+            bound = (*addresses[:before], 0, 0, 0, 0, *structs, self.runs.pack(addresses[before + 1 :]))
         return bound
 
 
@@ -281,6 +283,7 @@ class _MLAPlan(_CascadePlan, mla.MLAPlan):
             num_tokens=num_tokens, num_kv_heads=1, page_size=cache.page_size, levels=levels,
         )  # fmt: skip
         self.runs.fix(*self._arguments(q, q_kpe, cache, out, lse, 0))
+        self._map_keys(self.runs, config, cache)
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
         q, q_kpe, cache, _, levels, *_ = operands

@@ -503,6 +503,8 @@ MLA_DECODE = register_kernel(
     )
 )
 
+KEY_MAPS_BYTES = 320  # of KeyMaps in mla_sm90.cu
+
 MLA_SM90_DECODE = register_kernel(
     dataclasses.replace(
         MLA_DECODE,
@@ -510,6 +512,7 @@ MLA_SM90_DECODE = register_kernel(
         source="mla_sm90.cu",
         symbol="cupyattn::mla_sm90_kernel",
         template=("T", "kTileQ"),
+        args=(*MLA_DECODE.args, ("key_maps", f"bytes:{KEY_MAPS_BYTES}:64")),
         instances=_mla_sm90_instances,
         archs=("sm_90a",),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ from cupyattn.rope import Rope
 from cupyattn.runs import Runs, max_units
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
+from cupyattn.runtime.tensor_map import can_map, encode_tensor_map
+
+_MIN_BOX_ROWS, _MAX_BOX_ROWS = 8, 64  # of KeyMaps: swizzling goes by 8 rows, a tile has 64
 
 
 def mla_decode(
@@ -186,8 +191,11 @@ class MLAPlan(AttentionPlan):
             self.runs = Runs(
                 self.caller, kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
                 single=single, num_kv_heads=1, page_size=cache.page_size, pages=pages, fixed_split_size=size,
+                # Neighbours get what two query tiles need of the same keys.
+                cluster=2 if isinstance(config, kernels.MLASm90Config) and rows > config.tile_q else 1,
             )  # fmt: skip
             self.runs.fix(*self._arguments(q, q_kpe, cache, out, lse, batch_size))
+            self._map_keys(self.runs, config, cache)
 
     def _arguments(
         self, q: Any, q_kpe: Any, cache: PagedMLACache, out: Any, lse: Any, batch_size: int
@@ -201,10 +209,37 @@ class MLAPlan(AttentionPlan):
             *kernels.divisor(cache.page_size),
         )  # fmt: skip
 
-    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
-        """Return pointers to the inputs; where the queries are one array, two into it."""
+    def _map_keys(
+        self, runs: Runs, config: kernels.MLAConfig | kernels.MLASm90Config, cache: PagedMLACache
+    ) -> None:
+        """Set `key_boxes`, of which `bind` makes KeyMaps: None if the kernel takes none, [] if these keys have none."""
+        self.key_boxes: list[tuple[Any, ...]] | None = None
+        if not isinstance(config, kernels.MLASm90Config):
+            return
+        self.key_boxes = []
+        runs.num_structs += 1
+        rows = math.gcd(cache.page_size, _MAX_BOX_ROWS)
+        arrays = (cache.ckv_pages, cache.kpe_pages)
+        strides = [a.strides[1::-1] for a in arrays]
+        if rows >= _MIN_BOX_ROWS and all(map(can_map, strides)) and cache.num_pages:
+            self.key_boxes = [
+                (a.shape[::-1], stride, (64, rows, 1)) for a, stride in zip(arrays, strides, strict=True)
+            ]
+
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
+        """Return pointers to the inputs; where the queries are one array, two into it. Then KeyMaps, if needed."""
         q, q_kpe, *others = super().bind(arrays, place)
-        return (q, q_kpe or q + self.q_kpe_offset, *others)
+        pointers = (q, q_kpe or q + self.q_kpe_offset, *others)
+        if self.runs is None or self.key_boxes is None:
+            return pointers
+        packed = b""
+        if self.key_boxes:
+            with self.xp.cuda.Device(self.device):
+                self.xp.cuda.runtime.free(0)  # a thread that has not used CUDA yet gets its context
+                maps = [encode_tensor_map(a, *box) for a, box in zip(others, self.key_boxes, strict=False)]
+            if None not in maps:
+                packed = b"".join(filter(None, maps)) + struct.pack("<i", self.key_boxes[0][-1][1])
+        return (*pointers, packed.ljust(kernels.KEY_MAPS_BYTES, b"\0"))
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
         q, q_kpe, cache, qo_indptr, pages, *_ = operands

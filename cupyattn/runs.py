@@ -72,11 +72,15 @@ class Runs:
         Of the cache.
     pages : PageTable
     fixed_split_size : int or None
+    cluster : int
+        CTAs of a cluster.
 
     Attributes
     ----------
     needed_bytes : int
         Of workspace.
+    num_structs : int
+        Arguments at the kernel's end that are structs, which follow the inputs in `pointers`.
 
     Raises
     ------
@@ -87,6 +91,7 @@ class Runs:
     def __init__(
         self, caller: str, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, *, num_rows: int,
         single: bool, num_kv_heads: int, page_size: int, pages: PageTable, fixed_split_size: int | None,
+        cluster: int = 1,
     ) -> None:  # fmt: skip
         num_units = num_kv_heads * max_units(
             fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
@@ -99,21 +104,22 @@ class Runs:
                     f"{caller}: fixed_split_size = {fixed_split_size} makes up to {num_slots} splits of what the "
                     f"page table has room for, more than {_MAX_SLOTS}"
                 )
-        self._size(kernel, tiles, shared_bytes, head_dim, num_units, num_slots)
+        self._size(kernel, tiles, shared_bytes, head_dim, num_units, num_slots, cluster=cluster)
         split_shift = ((fixed_split_size or 0) // tiles.tile_kv).bit_length() - 1 if num_slots else 0
         table_row_stride, num_table_entries = table_arguments(pages)
         self._table_arguments = (table_row_stride, num_table_entries, split_shift, num_slots or 0)
 
     def _size(
         self, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, num_units: int,
-        num_slots: int | None, num_homes: int = 0,
+        num_slots: int | None, num_homes: int = 0, cluster: int = 1,
     ) -> None:  # fmt: skip
         """Set grid and workspace for up to so many units, with two slots a CTA by default, and homes of one row."""
         self._kernel = kernel
         # CTAs without work only delay the next launch.
         per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
         most_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS)
-        num_ctas = self._num_ctas = min(most_ctas, num_units)
+        num_ctas = max(min(most_ctas, num_units) // cluster * cluster, cluster)
+        self._num_ctas = num_ctas
         if num_slots is None:
             num_slots = 2 * num_ctas
         self._slot_rows = num_slots * tiles.tile_q
@@ -129,9 +135,11 @@ class Runs:
             self._lse_offset = self._state_offset + state_bytes
             self.needed_bytes = max(layout.end, self._lse_offset + state_bytes // _LSE_SHARE)
         self._prepare = functools.partial(
-            kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes
-        )
+            kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes,
+            cluster=cluster if cluster > 1 else None,
+        )  # fmt: skip
         self._launchers: dict[bool, Launcher] = {}  # with and without pdl
+        self.num_structs = 0
 
     def fix(self, *arguments: int) -> None:
         """Set the kernel's arguments between its pointers and `table_row_stride`, for all calls."""
@@ -144,15 +152,22 @@ class Runs:
         )
 
     def __call__(
-        self, pointers: tuple[int, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
+        self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
     ) -> None:
-        """Launch with `pointers`, those into a workspace (`workspace`, or the stream's own), and the last arguments."""
+        """Launch with `pointers`, those into a workspace (`workspace`, or the stream's own), and the last arguments.
+
+        `pointers` are to inputs, then structs, then to `out` and `lse`.
+        """
         launcher = self._launchers.get(pdl)
         if launcher is None:
             launcher = self._launchers[pdl] = self._prepare(pdl=pdl)
         if workspace is None:
             workspace = default_workspace(self.needed_bytes, self._kernel.device, stream)
         start = workspace.data.ptr
+        if self.num_structs:
+            structs = pointers[-2 - self.num_structs : -2]
+            pointers = (*pointers[: -2 - self.num_structs], *pointers[-2:])
+            options = (*options, *structs)
         launcher.launch_plain(
             (*pointers, start + self._state_offset, start + self._lse_offset, start, *options), stream
         )
@@ -218,6 +233,7 @@ class CascadeRuns(Runs):
         ]
         place = (shared_bytes, True) if in_shared else (workspace_layout(kernel.device).scratch, False)
         overhead = choose_group_overhead(tiles.group_overhead, num_units, self._num_ctas)
+        self.num_structs = 1
         self._totals = (levels.num_levels, num_nodes, num_tokens, self._slot_rows, overhead, *place)
 
     def pack(self, addresses: Sequence[int]) -> bytes:
@@ -228,13 +244,6 @@ class CascadeRuns(Runs):
         )
         packed = packed.ljust(MAX_LEVELS * struct.calcsize("<4Q4i"), b"\0")
         return packed + struct.pack("<Q5iIi4x", addresses[-1], *self._totals)
-
-    def __call__(
-        self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
-    ) -> None:
-        """As `Runs` does; before `out` and `lse`, `pointers` have what `pack` returned."""
-        *before, levels, out, lse = pointers
-        super().__call__((*before, out, lse), workspace, (*options, levels), stream, pdl)
 
 
 def max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: int, pages: PageTable) -> int:

@@ -4,18 +4,26 @@
 // query tile kTileQ rows, padded to the 64 of a product, which costs nothing where memory is the limit.
 //
 // Three warpgroups of 128 threads:
-//   scores   one: S = Q K^T over all 576 = 512 + 64 columns, the softmax, and so the weights P and by what O is to be
-//            multiplied before. It copies the queries of a segment into the one buffer there is for them.
-//   values   two, each with 256 of the 512 columns of O += P V. As soon as it has added half of a tile's keys, it copies
-//            its columns of the keys to come into their place: S has been computed of them by then, and nobody else
-//            reads these columns. So no place needs to be told empty.
+//   columns  two groups, each with 256 of the 512 columns of O. Tiles are theirs in turn: the group whose tile it is
+//            computes S = Q K^T over all 576 = 512 + 64 columns, the softmax and so the weights P; both add P V.
+//   copies   keys, and the queries of all segments but the first; and what a tile is.
 //
-//     scores  | S of tile n + 1       | softmax | (waits for the copy) | S of tile n + 2 ...
-//     values  | P V of n | copy n + 2           | P V of n + 1 | copy n + 3 ...
+//     group 0  | P V of n - 1 | S of n | softmax | P V of n |                       | P V of n + 1 | S of n + 2 ...
+//     group 1         | P V of n - 1 |           (keys)     | P V of n | S of n + 1 | softmax | P V of n + 1 | ...
 //
-// Weights pass through shared memory as the registers that the products take them in, once for both warpgroups of
-// values, which hold them in registers by the time they say that their place is free. All threads that write or read
-// what is told so arrive at its barrier: racecheck does not follow one that arrives for its warp, nor bar.arrive.
+// So the tensor cores have one group's products during the other's softmax. What counts is how soon a tile's place is
+// free for the tile after the next: it takes 2000 clocks to fill it. A tile's halves of columns have barriers of their
+// own, as each is free when its group has added it; and a group adds the other's tile as soon as it has the weights,
+// before S of its own, or between the halves of it if keys come first.
+//
+// Weights pass through shared memory as the registers that the products take them in, each lane's to the same lane of the
+// other group, which leaves its own there next: one place, which nobody waits for. With them goes the maximum so far; a
+// group follows it before it adds. All threads that write or read what is told so arrive at its barrier: racecheck does
+// not follow one that arrives for its warp (as one does at the other CTA's barriers).
+//
+// Whole tiles of pages of eight tokens and more are copied in boxes (tma.cuh). Where a request has more rows than a query
+// tile, CTAs come in clusters of two, a *pair*, with the same keys and a query tile each: each copies half of a tile to
+// both, or all that the SMs ask L2 for would take longer than the products. Other tiles are copied row by row.
 //
 // Shared memory, in blocks of 64 columns (wgmma.cuh), nine of which are a row:
 //   queries            64 rows, 72 KiB
@@ -34,6 +42,7 @@
 #include "cupyattn/run.cuh"
 #include "cupyattn/schedule.cuh"
 #include "cupyattn/state.cuh"
+#include "cupyattn/tma.cuh"
 #include "cupyattn/wgmma.cuh"
 
 namespace cupyattn {
@@ -62,16 +71,35 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, const Problem& problem
   }
 }
 
-// What the values must know of a tile's weights, in one word a warp of the scores.
+// What must be known of every tile, in one word; of some, more is in smem_tiles.
 struct TileNote {
-  static constexpr u32 kRaises = 1;       // what is there of O is to be multiplied by smem_factors
-  static constexpr u32 kEndsSegment = 2;  // smem_stats and smem_tiles say how
-  static constexpr u32 kEndsRun = 4;
+  static constexpr u32 kEndsSegment = 1;
+  static constexpr u32 kEndsRun = 2;
+  static constexpr u32 kIsMasked = 4;      // some rows do not see some keys
+  static constexpr int kSegmentShift = 3;  // one bit: which of smem_positions
+  static constexpr int kRowsShift = 4;     // of the query tile, that exist
   u32 bits;
 
-  __device__ __forceinline__ bool raises() const { return bits & kRaises; }
   __device__ __forceinline__ bool ends_segment() const { return bits & kEndsSegment; }
   __device__ __forceinline__ bool ends_run() const { return bits & kEndsRun; }
+  __device__ __forceinline__ bool is_masked() const { return bits & kIsMasked; }
+  __device__ __forceinline__ int segment() const { return bits >> kSegmentShift & 1; }
+  __device__ __forceinline__ int num_rows() const { return bits >> kRowsShift; }
+};
+
+// Where a segment's queries are.
+struct QueryPlace {
+  int qo_begin;
+  int qo_len;
+  int q_tile;
+};
+
+// Keys for the tensor memory accelerator: (column, token of the page, page), in boxes of 64 columns and `box_rows` tokens,
+// 8, 16, 32 or 64, which divide the page size; or none.
+struct KeyMaps {  // as MLAPlan.bind of mla.py packs it
+  TensorMap ckv;
+  TensorMap kpe;
+  int box_rows;  // 0: none
 };
 
 // clang-format off
@@ -107,15 +135,19 @@ __global__ void __launch_bounds__(384, 1)
                     int window_left,                    // -1: unbounded
                     float sm_scale,
                     float logits_soft_cap,              // 0: none
+                    const __grid_constant__ KeyMaps key_maps,
                     const __grid_constant__ Cascade... cascade) {  // as decode.cu
   // clang-format on
   constexpr int kRows = 64;  // of a product
   constexpr int kTileKV = 64;
   constexpr int kStages = 2;
   constexpr int kThreads = 384;
-  constexpr int kValueThreads = 256;
-  constexpr int kColumns = 256;    // of O, a warpgroup's
-  constexpr int kKpeColumns = 32;  // that it copies
+  constexpr int kGroupThreads = 128;
+  constexpr int kColumnThreads = 2 * kGroupThreads;
+  constexpr int kCopyThreads = kThreads - kColumnThreads;
+  constexpr int kColumns = 256;  // of O, a group's
+  constexpr int kColumnRegisters = 224;
+  constexpr int kCopyRegisters = 56;
   constexpr int kBlocks = kColumns / kBlockColumns;
   constexpr int kRowBlocks = 2 * kBlocks + 1;  // of all columns
   constexpr int kBlockBytes = kRows * kBlockRowBytes;
@@ -152,23 +184,28 @@ __global__ void __launch_bounds__(384, 1)
 
   unsigned char* smem_kv = smem_q + kTileBytes;                                    // [kStages] tiles
   uint4* smem_weights = reinterpret_cast<uint4*>(smem_kv + kStages * kTileBytes);  // [4 warps][kSteps][32]
-  // What comes with them: written when weights_empty says so, read before it is said again.
-  __shared__ u32 smem_notes[4];  // TileNote, of each warp of the scores
-  __shared__ float smem_factors[kRows];
-  __shared__ float2 smem_stats[kRows];  // of a segment: 1 / sum, lse in base 2
-  // Flags of a segment's packed rows, of each warpgroup of values.
-  __shared__ u64 smem_flags[kPacks ? 2 : 1][kTileQ];
-  // The last tile of each segment, written with S. Of two at most there are readers: S of a tile waits for the copy, which
-  // values start when they are done with the tile before the last, results and all.
-  constexpr int kSegments = 4;
-  __shared__ TileInfo smem_tiles[kSegments];
+  // What comes with them, of the group whose tile it is: each row's maximum so far, and where a segment ends, the sum of
+  // the weights that this group has seen, of segments in turn: a group may be at the next one's end.
+  __shared__ float smem_max[2][kRows];
+  __shared__ float smem_sums[2][2][kRows];
+  __shared__ float smem_scales[kPacks ? 2 : 1][kTileQ];  // of packed rows' halves
+  // Of a tile: written before its halves are full, read until its states are written. Then the third tile after it may have
+  // been begun, but not the fourth.
+  constexpr int kNotes = 4;
+  __shared__ TileNote smem_notes[kNotes];
+  __shared__ TileInfo smem_tiles[kNotes];
   __shared__ RunEnd smem_run_end;
   __shared__ Partition smem_partition;
-  __shared__ Positions<kTileQ, kIsCascade ? 1 : 0> smem_positions;  // the scores' own
-  __shared__ __align__(8) u64 smem_barriers[kStages + 2];
-  const auto full_at = [&](int stage) { return smem_address_of(smem_barriers + stage); };
-  const u32 weights_full = smem_address_of(smem_barriers + kStages);
-  const u32 weights_empty = weights_full + 8;
+  __shared__ int2 smem_seen;  // of the segment whose keys are being copied; not a cascade's
+  __shared__ Positions<kTileQ, kIsCascade ? 2 : 0> smem_positions;  // of segments in turn
+  // Of each tile's halves of columns.
+  __shared__ __align__(8) u64 smem_barriers[4 * kStages + 4];
+  const u32 barriers = smem_address_of(smem_barriers);
+  const auto full_at = [&](int stage, int half) { return barriers + (stage * 2 + half) * 8; };
+  const auto empty_at = [&](int stage, int half) { return barriers + (kStages * 2 + stage * 2 + half) * 8; };
+  const auto weights_at = [&](int group) { return barriers + (kStages * 4 + group) * 8; };
+  const u32 queries_full = barriers + (kStages * 4 + 2) * 8;
+  const u32 queries_empty = queries_full + 8;
 
   const int tid = threadIdx.x;
   const int warp = uniform(tid / 32);
@@ -180,622 +217,814 @@ __global__ void __launch_bounds__(384, 1)
   touch(lse_stride_head);
   touch(logits_soft_cap);
   if (tid == 0) {
-    for (int stage = 0; stage < kStages; ++stage) mbarrier_init(full_at(stage), kValueThreads);
-    mbarrier_init(weights_full, kThreads - kValueThreads);
-    mbarrier_init(weights_empty, kValueThreads);
+    for (int i = 0; i < 2 * kStages; ++i) {
+      mbarrier_init(full_at(0, i), kCopyThreads / 2 + 32);  // its copies, and who says what the tile is
+    }
+    mbarrier_init(weights_at(0), kGroupThreads);
+    mbarrier_init(weights_at(1), kGroupThreads);
+    mbarrier_init(queries_full, kCopyThreads);
+    mbarrier_init(queries_empty, kGroupThreads);
+    if (key_maps.box_rows > 0) prefetch_map(key_maps.ckv), prefetch_map(key_maps.kpe);
   }
   if (tid < 2) smem_run_end.clear();
 
   using Tiles = Cursor<kTileKV, kTileQ, false, !kIsCascade>;
-  __shared__ Tiles smem_run;
+  // The cursor of each warp that copies, at the first tile of the segment at hand: in shared memory, as these have
+  // few registers and look there seldom.
+  constexpr int kCopyWarps = kCopyThreads / 32;
+  __shared__ Tiles smem_loads[kCopyWarps];
+  __shared__ QueryPlace
+      smem_queries[1 + kCopyWarps];  // of the first segment; of the one that each of them has begun
+  __shared__ int smem_first_seen[kIsCascade ? kCopyWarps : 1];  // there, the first key in anybody's window
   Partition partition;
   Tiles run;
   // With barriers, after which all that is said above is there.
-  const bool has_run = begin_run<kThreads>(problem, run, partition);
+  const bool in_cluster = !kIsCascade && kTileQ == kRows && cluster_size() == 2;
+  const bool has_run = begin_run<kThreads>(problem, run, partition, in_cluster);
   if (!has_run) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
   }
   partition.number_ctas();
-  if (tid == 0) smem_partition = partition, smem_run = run;
+  // In a short run, the accelerator's longer way to the first keys counts; and that to the other CTA.
+  const bool is_long = partition.quota > 4;
+  // The two CTAs of a cluster read the same keys, for two query tiles.
+  const bool in_pair = in_cluster && is_long && partition.num_parts % 2 == 0;
+  if (tid == 0) {
+    for (int i = 0; i < 2 * kStages; ++i) {
+      mbarrier_init(empty_at(0, i), kGroupThreads + (in_pair ? kGroupThreads / 32 : 0));
+    }
+    fence_mbarrier_init();
+  }
+  const auto queries_of = [](const Tiles& load) {
+    return QueryPlace{load.request.qo_begin, load.request.qo_len, load.q_tile};
+  };
+  if (tid == 0) smem_partition = partition, smem_queries[0] = queries_of(run);
+  if (tid >= kColumnThreads && tid % 32 == 0) smem_loads[tid / 32 - kColumnThreads / 32] = run;
   __syncthreads();
+  if (in_pair) cluster_arrive(), cluster_wait();  // the other's barriers are there
 
-  if (warp >= kValueThreads / 32) {
-    // --- Scores ---
-    give_registers<104>();
-    Tiles load = smem_run;
-    const int lane = lane_id();
-    const int warp_row = (warp - kValueThreads / 32) * 16;  // the warp's first row
-    const int quad_row = lane / 4;
-    const int quad_col = lane % 4 * 2;
-    const auto num_rows_of = [&]() {
-      return min(load.request.qo_len * num_qo_heads - load.q_tile * kTileQ, kTileQ);
-    };
-    // The queries of the segment that the cursor points at. Rows of a warp that has others are zeros; those of other
-    // warps are nobody's.
-    const auto copy_queries = [&]() {
-      const int lane = lane_id();  // anew, or what follows from it would be kept all the time
-      const int num_rows = num_rows_of();
-      const int rows_each = ceil_div(num_rows, 16) * 4;
-      const int first = (warp - kValueThreads / 32) * rows_each;
-      const int own_row = load.q_tile * kTileQ + min(first + lane, num_rows - 1);  // a lane finds a row
-      const int token_in_request = heads.divide(own_row);
-      const int head = heads.modulo(own_row, token_in_request);
-      const i64 token = problem.row_of(load.request.qo_begin + token_in_request);
-      const u64 ckv_row =
-          reinterpret_cast<u64>(q_ckv + token * q_ckv_stride_token + head * q_ckv_stride_head);
-      const u64 kpe_row =
-          reinterpret_cast<u64>(q_kpe + token * q_kpe_stride_token + head * q_kpe_stride_head);
+  // A group is done with a half: also as its keys come from the other CTA.
+  const auto release = [&](int stage, int half) {
+    mbarrier_arrive(empty_at(stage, half));
+    if (in_pair) {
+      __syncwarp();
+      if (lane_id() == 0) mbarrier_arrive_at(empty_at(stage, half), cluster_rank() ^ 1);
+    }
+  };
+  const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
+  const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
+  // Queries, by `num_warps` warps from `first_warp` on. Beyond the last row are zeros, up to a multiple of 4 * num_warps.
+  const auto copy_queries = [&](const QueryPlace& place, int first_warp, auto num_warps) {
+    constexpr int kRowsEach = 4 * num_warps.value;  // that the warps copy at once, four each
+    const int lane = lane_id();  // anew, or what follows from it would be kept all the time
+    const int num_rows = min(place.qo_len * num_qo_heads - place.q_tile * kTileQ, kTileQ);
+    const int rows_each = ceil_div(num_rows, kRowsEach) * 4;
+    const int first = (warp - first_warp) * rows_each;
+    const int own_row = place.q_tile * kTileQ + min(first + lane, num_rows - 1);  // a lane finds a row
+    const int token_in_request = heads.divide(own_row);
+    const int head = heads.modulo(own_row, token_in_request);
+    const i64 token = problem.row_of(place.qo_begin + token_in_request);
+    const u64 ckv_row = reinterpret_cast<u64>(q_ckv + token * q_ckv_stride_token + head * q_ckv_stride_head);
+    const u64 kpe_row = reinterpret_cast<u64>(q_kpe + token * q_kpe_stride_token + head * q_kpe_stride_head);
 #pragma unroll 1
-      for (int i = lane / 8; i < rows_each; i += 4) {  // eight lanes a row, 128 bytes at once
-        const int row = first + i;
-        const u32 target = smem_address_of(smem_q) + block_offset(row, lane % 8);
-        const T* source = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, ckv_row, i)) + lane % 8 * 8;
+    for (int i = lane / 8; i < rows_each; i += 4) {  // eight lanes a row, 128 bytes at once
+      const int row = first + i;
+      const u32 target = smem_address_of(smem_q) + block_offset(row, lane % 8);
+      const T* source = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, ckv_row, i)) + lane % 8 * 8;
 #pragma unroll
-        for (int block = 0; block < kRowBlocks - 1; ++block) {
-          cp_async_16(target + block * kBlockBytes, source + block * kBlockColumns, row < num_rows);
-        }
-        source = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, kpe_row, i)) + lane % 8 * 8;
-        cp_async_16(target + (kRowBlocks - 1) * kBlockBytes, source, row < num_rows);
+      for (int block = 0; block < kRowBlocks - 1; ++block) {
+        cp_async_16(target + block * kBlockBytes, source + block * kBlockColumns, row < num_rows);
       }
-      cp_async_commit();
-    };
-    wait_for_predecessor();
-    copy_queries();
+      source = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, kpe_row, i)) + lane % 8 * 8;
+      cp_async_16(target + (kRowBlocks - 1) * kBlockBytes, source, row < num_rows);
+    }
+  };
 
-    SoftmaxState state[2];  // rows quad_row and quad_row + 8 of the warp; `sum` over this lane's keys only
-    int last[2];            // the last key that they see, or in a cascade where they stand
-    int2 seen;              // the first and last key that all rows see
-    bool has_rows = false;  // else a warp takes part in products alone
+  if (warp >= kColumnThreads / 32) {
+    // --- Copies ---
+    give_registers<kCopyRegisters>();
+    const int copy_warp = warp - kColumnThreads / 32;
+    Tiles& smem_load = smem_loads[copy_warp];
+    // The tile at hand. Of its segment, with it:
+    int tiles_left;
+    int num_keys;
+    int token_begin;
+    const int* pages;
+    const auto enter = [&](const Tiles& load) {
+      tiles_left = min(load.request.num_tiles() - load.tile, load.unit_end - load.unit);
+      token_begin = load.token_begin();
+      num_keys = load.request.kv_len - token_begin;
+      pages = load.pages;
+    };
+    enter(smem_load);
+    // A warp copies 32 rows of a half: each lane finds one, a tile before the copy.
+    const int half = copy_warp / 2;
+    const int warp_row = copy_warp % 2 * 32;
+    int found_page = 0;
+    int found_token = 0;
+    const auto find_row = [&]() {  // starts the read of the page table
+      const int row = warp_row + lane_id();
+      if (row >= num_keys) return;
+      const int token = token_begin + row;
+      const int entry = page.divide(token);
+      found_page = static_cast<int>(load_early(pages + entry));
+      found_token = page.modulo(token, entry);
+    };
+    const auto ckv_row = [&]() {
+      return reinterpret_cast<u64>(ckv_pages + half * kColumns +
+                                   ckv_strides.offset(found_page, found_token, 0));
+    };
+    const auto kpe_row = [&]() {
+      return reinterpret_cast<u64>(kpe_pages + kpe_strides.offset(found_page, found_token, 0));
+    };
+    find_row();
+    if (warp_row + lane_id() < num_keys &&
+        (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
+      const char* row = reinterpret_cast<const char*>(ckv_row());
+#pragma unroll 1
+      for (int i = 0; i < kColumns * 2; i += 128) prefetch_l2(row + i);
+      if (half == 0) prefetch_l2(reinterpret_cast<const char*>(kpe_row()));
+    }
+    wait_for_predecessor();
+
     bool begins_segment = true;
     int segment = 0;
-    int stage = 0;
-    u32 full_parity = 0;
-    u32 parity = 0;
 #pragma unroll 1
-    while (true) {
-      if (begins_segment) {
-        const int num_rows = num_rows_of();
-        has_rows = warp_row < num_rows;
-        state[0] = state[1] = SoftmaxState();
-        if constexpr (kIsCascade) {
-          if (warp == kValueThreads / 32) smem_positions.template write<true>(problem, load, 0);
+    for (u32 t = 0;; ++t) {
+      const int stage = t % kStages;
+      const bool with_kpe = stage == half;
+      const u32 smem_half = smem_address_of(smem_kv) + stage * kTileBytes + half * kBlocks * kBlockBytes;
+      const u32 smem_kpe = smem_address_of(smem_kv) + stage * kTileBytes + 2 * kBlocks * kBlockBytes;
+      bool reads_once = true;  // or others read the same keys, and these must stay in L2 for a while
+      int num_hidden = 0;      // before the first key in anybody's window
+      if constexpr (kIsCascade) {
+        reads_once = smem_load.request.qo_len * num_qo_heads <= kTileQ;
+        if (window_left >= 0) {
+          if (begins_segment) {
+            const int first_seen = problem.template first_seen<kTileQ>(smem_load);
+            if (lane_id() == 0) smem_first_seen[copy_warp] = first_seen;
+            __syncwarp();
+          }
+          num_hidden = smem_first_seen[copy_warp] - token_begin;
+        }
+      } else {
+        reads_once = smem_partition.num_parts == (in_pair ? 2 : 1);
+      }
+      const u64 policy = reads_once ? evict_first_policy() : evict_normal_policy();
+      const u32 full = full_at(stage, half);
+      // Whole tiles of whole boxes; what is known of them, the same in all lanes, before their place is free.
+      const int box_rows = key_maps.box_rows;
+      const bool in_boxes = uniform(box_rows > 0 && is_long && num_keys >= kTileKV &&
+                                    (token_begin & box_rows - 1) == 0 && (!kIsCascade || num_hidden <= 0));
+      // In a pair, each CTA copies half of the blocks to both. Boxes of 64 rows are dealt out to the two warps.
+      const bool are_dealt = box_rows > 32;
+      const int rank = in_pair ? cluster_rank() : 0;
+      const int first_block = are_dealt ? rank * 2 + copy_warp % 2 : rank * 2;
+      const int end_block = in_pair ? rank * 2 + 2 : kBlocks;
+      const int block_step = are_dealt ? 2 : 1;
+      const bool copies_kpe = with_kpe && (!in_pair || rank == half) && (!are_dealt || copy_warp % 2 == 0);
+      int box_page = uniform(found_page);
+      int box_token = uniform(found_token) - (are_dealt ? warp_row : 0);
+      u32 box_offset = (are_dealt ? 0 : warp_row) * kBlockRowBytes;
+      mbarrier_wait(empty_at(stage, half), t / kStages & 1 ^ 1);
+      if (in_boxes) {
+        const bool is_first = lane_id() == 0;
+        if (is_first) {
+          mbarrier_arrive_expecting(full, 32 * kBlockRowBytes * (kBlocks + with_kpe));
         } else {
-          const int first_row = load.q_tile * kTileQ;
-          const auto last_key_of = [&](int row) {
-            return load.request.kv_len - load.request.qo_len +
-                   heads.divide(first_row + min(row, num_rows - 1));
-          };
-          last[0] = last_key_of(warp_row + quad_row);
-          last[1] = last_key_of(warp_row + quad_row + 8);
-          seen = make_int2(window_left < 0 ? 0 : last_key_of(num_rows - 1) - window_left, last_key_of(0));
+          mbarrier_arrive(full);
         }
-        cp_async_wait<0>();
-        sync_warpgroup(2);  // the queries are there
-        if constexpr (kIsCascade) {
-          // Beyond kTileQ are rows of zeros.
-          last[0] = smem_positions.rows[0][min(warp_row + quad_row, kTileQ - 1)];
-          last[1] = smem_positions.rows[0][min(warp_row + quad_row + 8, kTileQ - 1)];
-          seen = smem_positions.seen[0];
-        }
-      }
-      mbarrier_wait(full_at(stage), full_parity);
-      float s[kLogits];
-      {
-        const Operand q_operand = swizzled_operand(uniform(smem_address_of(smem_q)), 0);
-        const Operand k_operand = swizzled_operand(uniform(smem_address_of(smem_kv) + stage * kTileBytes), 0);
-        fence_async_proxy();
-        wgmma_fence();
-#pragma unroll
-        for (int block = 0; block < kRowBlocks; ++block)
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            wgmma_ss<T>(s, advance(q_operand, block * kBlockBytes + step * 32),
-                        advance(k_operand, block * kBlockBytes + step * 32), block + step > 0);
-          }
-        wgmma_commit();
-      }
-      // Meanwhile, what the tile is, and on to the next one.
-      const int token_begin = load.token_begin();
-      const int kv_len = load.request.kv_len;
-      const bool all_seen = token_begin >= seen.x && token_begin + kTileKV - 1 <= seen.y;
-      const bool ends_segment = uniform(load.ends_segment(problem));
-      const bool begins = begins_segment;
-      if (ends_segment && warp == kValueThreads / 32) {
-        TileInfo tile =
-            TileInfo::of<Slots::kRowLines>(load, problem, smem_partition, begins_segment, true, 0);
-        if (lane == 0) {
-          smem_tiles[segment % kSegments] = tile;
-          if (!kIsCascade && tile.group.num_partials > 1) smem_run_end.add(tile);
-        }
-      }
-      begins_segment = ends_segment;
-      segment += ends_segment;
-      load.advance(problem);
-      const bool ends_run = uniform(load.done());
-      wgmma_wait<0>();
-      if (ends_segment && !ends_run) {
-        sync_warpgroup(2);  // all four warps are done with the queries
-        copy_queries();
-      }
-
-      u32 note = (ends_segment ? TileNote::kEndsSegment : 0) | (ends_run ? TileNote::kEndsRun : 0);
-      float factor[2] = {1.0f, 1.0f};
-      float scale = sm_scale * kLog2E;  // logits of base 2 are s * scale
-      if (has_rows) {
-        if (logits_soft_cap > 0.0f || !(sm_scale > 0.0f)) {
-          // A capped logit is cap * tanh(s * sm_scale / cap).
-          const float inverse_cap = reciprocal_approx(logits_soft_cap);
-#pragma unroll
-          for (int i = 0; i < kLogits; ++i) {
-            s[i] = logits_soft_cap > 0.0f
-                       ? logits_soft_cap * kLog2E * tanh_accurate(s[i] * (sm_scale * inverse_cap))
-                       : s[i] * scale;
-          }
-          scale = 1.0f;
-        }
-        // What a row must not see is -inf. Most tiles are seen whole by every row.
-        if (!all_seen) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const auto is_hidden = [&](int token) {
-              if constexpr (kIsCascade) return problem.is_hidden(token, last[half], kv_len);
-              return token > last[half] || (window_left >= 0 && token < last[half] - window_left);
-            };
-#pragma unroll
-            for (int n = 0; n < kTileKV / 8; ++n)
-#pragma unroll
-              for (int column = 0; column < 2; ++column) {
-                if (is_hidden(token_begin + n * 8 + quad_col + column)) {
-                  s[n * 4 + half * 2 + column] = neg_infinity();
-                }
+#pragma unroll 1
+        for (int row = 0;;) {
+          if (is_first) {
+            const auto copy_block = [&](u32 to, const TensorMap& map, int column) {
+              if (in_pair) {
+                copy_box_to_both(to + box_offset, map, column, box_token, box_page, full, policy);
+              } else {
+                copy_box(to + box_offset, map, column, box_token, box_page, full, policy);
               }
+            };
+#pragma unroll 1
+            for (int block = first_block; block < end_block; block += block_step) {
+              copy_block(smem_half + block * kBlockBytes, key_maps.ckv,
+                         half * kColumns + block * kBlockColumns);
+            }
+            if (copies_kpe) copy_block(smem_kpe, key_maps.kpe, 0);
+          }
+          row += box_rows;
+          if (row >= 32) break;
+          box_page = __shfl_sync(0xffffffffu, found_page, row);
+          box_token = __shfl_sync(0xffffffffu, found_token, row);
+          box_offset += box_rows * kBlockRowBytes;
+        }
+      } else {
+        // Keys past the end, or before the first seen, are not read and become zeros: what lies there may be NaN, and
+        // 0 * NaN leaks. Eight lanes a row, 128 bytes at once.
+        const int lane = lane_id();
+        u64 address = ckv_row();
+        const auto is_read = [&](int row) { return row < num_keys && (!kIsCascade || row >= num_hidden); };
+#pragma unroll 2
+        for (int i = lane / 8; i < 32; i += 4) {
+          const bool exists = is_read(warp_row + i);
+          const u64 row_address = __shfl_sync(0xffffffffu, address, i);
+          const T* source = exists ? reinterpret_cast<const T*>(row_address) + lane % 8 * 8 : ckv_pages;
+          u32 target = smem_half + block_offset(warp_row + i, lane % 8);
+          pin(target);  // ptxas (13.0) encodes a sum with a uniform register wrongly
+#pragma unroll
+          for (int block = 0; block < kBlocks; ++block) {
+            cp_async_16(target + block * kBlockBytes, exists ? source + block * kBlockColumns : source,
+                        exists, policy);
           }
         }
-
-        // Online softmax. The four lanes of a quad have a row. Weights up to 2^8 are as exact as those up to 1, so the
-        // maximum is left alone until a logit is so far above it.
-        constexpr float kSlack = 8.0f;
-        float logit_max[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          logit_max[half] = neg_infinity();
-#pragma unroll
-          for (int n = 0; n < kTileKV / 8; ++n) {
-            logit_max[half] = fmaxf(logit_max[half], fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
+        if (with_kpe) {
+          address = kpe_row();
+#pragma unroll 2
+          for (int i = lane / 8; i < 32; i += 4) {
+            const bool exists = is_read(warp_row + i);
+            const u64 row_address = __shfl_sync(0xffffffffu, address, i);
+            const T* source = exists ? reinterpret_cast<const T*>(row_address) + lane % 8 * 8 : ckv_pages;
+            u32 target = smem_kpe + block_offset(warp_row + i, lane % 8);
+            pin(target);
+            cp_async_16(target, source, exists, policy);
           }
-          logit_max[half] *= scale;
         }
-        if (__any_sync(0xffffffffu,
-                       logit_max[0] > state[0].max + kSlack || logit_max[1] > state[1].max + kSlack)) {
-          if (!begins) note |= TileNote::kRaises;  // there is nothing of O yet
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& x = logit_max[half];
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-            x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-            factor[half] = state[half].raise(x);
+        mbarrier_arrive_after_copies(full);
+      }
+      const bool ends_segment = tiles_left == 1;
+      const bool copies_queries = begins_segment && t > 0;
+      if (begins_segment) {
+        const int lane = lane_id();
+        if (lane == 0) smem_queries[1 + copy_warp] = queries_of(smem_load);
+        if (copy_warp == 0) {
+          // The first and last key that all rows see.
+          if constexpr (kIsCascade) {
+            smem_positions.template write<true>(problem, smem_load, segment % 2);
+          } else if (lane == 0) {
+            const Tiles load = smem_load;
+            const int first_row = load.q_tile * kTileQ;
+            const int end_row = min(first_row + kTileQ, load.request.qo_len * num_qo_heads);
+            const int first_token = load.request.kv_len - load.request.qo_len;
+            smem_seen = make_int2(window_left < 0 ? 0 : first_token + heads.divide(end_row - 1) - window_left,
+                                  first_token + heads.divide(first_row));
           }
+        }
+        __syncwarp();
+      }
+      if (copy_warp == 0) {
+        // What the tile is.
+        int2 seen;
+        if constexpr (kIsCascade) {
+          seen = smem_positions.seen[segment % 2];
+        } else {
+          seen = smem_seen;
+        }
+        const bool all_seen = token_begin >= seen.x && token_begin + kTileKV - 1 <= seen.y;
+        const QueryPlace place = smem_queries[1 + copy_warp];
+        const int num_rows = min(place.qo_len * num_qo_heads - place.q_tile * kTileQ, kTileQ);
+        TileNote note{
+            static_cast<u32>(num_rows << TileNote::kRowsShift | segment % 2 << TileNote::kSegmentShift)};
+        if (!all_seen) note.bits |= TileNote::kIsMasked;
+        if (!all_seen || ends_segment) {
+          Tiles load = smem_load;
+          const int tiles_before =
+              min(load.request.num_tiles() - load.tile, load.unit_end - load.unit) - tiles_left;
+          load.tile += tiles_before;
+          load.unit += tiles_before;
+          if (ends_segment)
+            note.bits |= TileNote::kEndsSegment | (load.ends_run(problem) ? TileNote::kEndsRun : 0);
+          const TileInfo tile =
+              TileInfo::of<Slots::kRowLines>(load, problem, smem_partition, begins_segment, ends_segment, 0);
+          if (lane_id() == 0) {
+            smem_tiles[t % kNotes] = tile;
+            if (!kIsCascade && ends_segment && tile.group.num_partials > 1) smem_run_end.add(tile);
+          }
+        }
+        if (lane_id() == 0) smem_notes[t % kNotes] = note;
+        mbarrier_arrive(full_at(stage, 0));
+        mbarrier_arrive(full_at(stage, 1));
+      }
+      // On to the next one, whose page ids are here when its place is free.
+      begins_segment = ends_segment;
+      bool is_last = false;
+      if (!ends_segment) {
+        --tiles_left;
+        token_begin += kTileKV;
+        num_keys -= kTileKV;
+        find_row();
+      } else {
+        Tiles load = smem_load;
+        const int tiles_before = min(load.request.num_tiles() - load.tile, load.unit_end - load.unit) - 1;
+        load.tile += tiles_before;
+        load.unit += tiles_before;
+        load.advance(problem);
+        __syncwarp();  // all have read it
+        if (lane_id() == 0) smem_load = load;
+        __syncwarp();
+        is_last = uniform(load.done());
+        if (!is_last) {
+          enter(load);
+          find_row();
         }
       }
-      mbarrier_wait(weights_empty, parity ^ 1);
-      parity ^= 1;
-      if (has_rows) {
-        const float offset[2] = {state[0].offset(), state[1].offset()};
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          u32 p[4];  // the A operand of 16 keys
-#pragma unroll
-          for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const float* pair = s + (step * 2 + n) * 4 + half * 2;
-              const float x = exp2_approx(fmaf(pair[0], scale, -offset[half]));
-              const float y = exp2_approx(fmaf(pair[1], scale, -offset[half]));
-              state[half].sum += x + y;
-              p[n * 2 + half] = pack2<T>(x, y);
-            }
-          smem_weights[((warp - kValueThreads / 32) * kSteps + step) * 32 + lane] =
-              make_uint4(p[0], p[1], p[2], p[3]);
-        }
-        if (note & TileNote::kRaises && quad_col == 0) {
-          smem_factors[warp_row + quad_row] = factor[0];
-          smem_factors[warp_row + quad_row + 8] = factor[1];
-        }
-        if (ends_segment) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            state[half].sum += __shfl_xor_sync(0xffffffffu, state[half].sum, 1);
-            state[half].sum += __shfl_xor_sync(0xffffffffu, state[half].sum, 2);
-            if (quad_col == 0) {
-              smem_stats[warp_row + half * 8 + quad_row] =
-                  make_float2(state[half].inverse_sum(), state[half].lse_log2());
-            }
-          }
-        }
+      if (copies_queries) {
+        mbarrier_wait(queries_empty, segment - 1 & 1);
+        copy_queries(smem_queries[1 + copy_warp], kColumnThreads / 32, Int<kCopyWarps>());
+        mbarrier_arrive_after_copies(queries_full);
       }
-      if (lane == 0) smem_notes[warp - kValueThreads / 32] = note;
-      mbarrier_arrive(weights_full);
-      if (ends_run) break;
-      stage ^= 1;
-      full_parity ^= stage == 0;
+      if (is_last) break;
+      segment += ends_segment;
     }
+    cp_async_commit();
+    cp_async_wait<0>();  // nobody else's memory is written to
     return;
   }
 
-  // --- Values: two warpgroups, each with half of the columns ---
-  take_registers<200>();
-  Tiles load = smem_run;  // anew: registers that other warps have not are spilled before
+  // --- Columns ---
+  take_registers<kColumnRegisters>();
   const int group = warp / 4;
   const auto ctas = [&]() {
     return Departures<TileInfo>{departures, static_cast<u32>(smem_partition.num_ctas)};
   };
+  wait_for_predecessor();
+  // Not earlier: the next kernel may rely on all before us having finished once we have.
+  launch_dependents();
+  if (tid == 0) ctas().start();
+  copy_queries(smem_queries[0], 0, Int<kColumnThreads / 32>());
+  cp_async_commit();
+  cp_async_wait<0>();
+  sync_threads<kColumnThreads>();
   {
-    // A warp copies eight rows of each half of a tile, its half of the columns.
-    const int warp_row = warp % 4 * 16;
-    const auto row_of = [&](int i) { return warp % 4 * 8 + (i < 8 ? i : 24 + i); };
-    const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
-    const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
-    // Lanes 0 .. 15 find rows of ckv, the others those of kpe, one tile before the copy.
-    const auto keys_left = [&]() { return load.done() ? 0 : load.request.kv_len - load.token_begin(); };
-    int found_page = 0;
-    int found_token = 0;
-    const auto find_row = [&]() {  // starts the read of the page table
-      const int row = row_of(lane_id() % 16);
-      if (row >= keys_left()) return;
-      const int token = load.token_begin() + row;
-      const int entry = page.divide(token);
-      found_page = static_cast<int>(load_early(load.pages + entry));
-      found_token = page.modulo(token, entry);
+    const int warp_row = warp % 4 * 16;  // the warp's first row
+    const u32 queries = uniform(smem_address_of(smem_q));
+    const u32 own_half = group * kBlocks * kBlockBytes;
+    const u32 other_half = (1 - group) * kBlocks * kBlockBytes;
+    // This group's values in a tile's place.
+    const auto values_at = [&](int stage) {
+      return static_cast<u32>(uniform(queries + kTileBytes + stage * kTileBytes + own_half));
     };
-    const auto found_row = [&]() {
-      return reinterpret_cast<u64>(
-          lane_id() >= 16 ? kpe_pages + group * kKpeColumns + kpe_strides.offset(found_page, found_token, 0)
-                          : ckv_pages + group * kColumns + ckv_strides.offset(found_page, found_token, 0));
-    };
-    // Where CTAs with other query tiles read the same keys, these must stay in L2 for a while.
-    const bool reads_once = smem_partition.num_parts == 1;
-    find_row();
-    if (const int lane = lane_id();
-        row_of(lane % 16) < keys_left() &&
-        (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
-      const char* row = reinterpret_cast<const char*>(found_row());
-#pragma unroll 1
-      for (int i = 0; i < (lane < 16 ? kColumns : kKpeColumns) * 2; i += 128) prefetch_l2(row + i);
-    }
-    wait_for_predecessor();
-    // Not earlier: the next kernel may rely on all before us having finished once we have.
-    launch_dependents();
-    if (tid == 0) ctas().start();
-
-    // The tile to copy, while the cursor is at the next one.
-    bool begins_segment = true;
-    int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
-    u64 row_address = 0;
-    int num_keys = 0;
-    int num_hidden = 0;  // before first_seen
-    u64 policy = 0;
-    const auto take_tile = [&]() {
-      if (uniform(load.done())) return false;
-      row_address = found_row();
-      num_keys = keys_left();
-      const bool reads_this_once = kIsCascade ? load.request.qo_len * num_qo_heads <= kTileQ : reads_once;
-      policy = reads_this_once ? evict_first_policy() : evict_normal_policy();
-      if constexpr (kIsCascade) {
-        if (window_left >= 0) {
-          if (begins_segment) first_seen = problem.template first_seen<kTileQ>(load);
-          num_hidden = first_seen - load.token_begin();
-        }
-      }
-      begins_segment = load.ends_segment(problem);
-      load.advance(problem);
-      find_row();
-      return true;
-    };
-    // Half of its keys. Those past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
-    const auto copy_half = [&](int half, int stage) {
-      const int lane = lane_id();
-      const u32 smem_tile = smem_address_of(smem_kv) + stage * kTileBytes;
-      const auto is_read = [&](int row) { return row < num_keys && (!kIsCascade || row >= num_hidden); };
-#pragma unroll
-      for (int i = half * 8; i < half * 8 + 8; i += 4) {  // eight lanes a row, 128 bytes at once
-        const int row = row_of(i + lane / 8);
-        const bool exists = is_read(row);
-        const T* source =
-            reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, row_address, i + lane / 8)) + lane % 8 * 8;
-        if (!exists) source = ckv_pages;
-        u32 target = smem_tile + group * kBlocks * kBlockBytes + block_offset(row, lane % 8);
-        pin(target);  // ptxas (13.0) encodes a sum with a uniform register wrongly
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          cp_async_16(target + block * kBlockBytes, exists ? source + block * kBlockColumns : source, exists,
-                      policy);
-        }
-      }
-      // Four lanes a row of kpe.
-      const int row = row_of(half * 8 + lane / 4);
-      const bool exists = is_read(row);
-      const T* source =
-          reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, row_address, 16 + half * 8 + lane / 4)) +
-          lane % 4 * 8;
-      cp_async_16(
-          smem_tile + 2 * kBlocks * kBlockBytes + block_offset(row, group * (kKpeColumns / 8) + lane % 4),
-          exists ? source : ckv_pages, exists, policy);
-    };
-#pragma unroll 1
-    for (int stage = 0; stage < kStages; ++stage) {
-      if (!take_tile()) break;
-      copy_half(0, stage);
-      copy_half(1, stage);
-      mbarrier_arrive_after_copies(full_at(stage));
-    }
-
     float acc[kColumns / 2] = {};  // [kColumns / 8][4]
+    SoftmaxState state
+        [2];  // rows lane / 4 and lane / 4 + 8 of the warp; `sum` over this lane's keys of own tiles only
     int segment = 0;
-    int stage = 0;
-    u32 full_parity = 0;
-    u32 parity = 0;
-#pragma unroll 1
-    while (true) {
-      mbarrier_wait(full_at(stage), full_parity);  // it is over when the weights are there
-      fence_async_proxy();
-      mbarrier_wait(weights_full, parity);
-      parity ^= 1;
-      const TileNote note{static_cast<u32>(uniform(smem_notes[warp % 4]))};
+    u32 t = group;               // this group's next tile
+    bool adds_last = group > 0;  // the tile before that, the other's, is to be added
+    const auto multiply_values = [&](const float (&factor)[2]) {
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[n * 4 + i] *= factor[i / 2];
+    };
+    // The other group's weights of tile t - 1, and its maxima of `num_rows` rows.
+    const auto take_weights = [&](u32(&p)[kSteps][4], int num_rows) {
       const int lane = lane_id();
-      u32 p[kSteps][4];
+      mbarrier_wait(weights_at(1 - group), (t - 1) / kStages & 1);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const uint4 x = smem_weights[(warp % 4 * kSteps + step) * 32 + lane];
         p[step][0] = x.x, p[step][1] = x.y, p[step][2] = x.z, p[step][3] = x.w;
       }
-      if (note.raises()) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float factor = smem_factors[warp_row + half * 8 + lane / 4];
-#pragma unroll
-          for (int n = 0; n < kColumns / 8; ++n)
-            acc[n * 4 + half * 2] *= factor, acc[n * 4 + half * 2 + 1] *= factor;
-        }
-      }
-      if (!note.ends_segment()) mbarrier_arrive(weights_empty);
-      // O += P V
-      const int tile_offset = kTileBytes + stage * kTileBytes + group * kBlocks * kBlockBytes;
-      const Operand v_operand = swizzled_operand(uniform(smem_address_of(smem_q) + tile_offset), kBlockBytes);
-      wgmma_fence();
+      if (warp_row >= num_rows) return;  // nobody's
+      float new_max[2];
+      bool differs = false;
+      bool has_values = false;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        new_max[half] = smem_max[1 - group][warp_row + half * 8 + lane / 4];
+        differs |= new_max[half] != state[half].max;
+        has_values |= state[half].max != neg_infinity();
+      }
+      if (__any_sync(0xffffffffu, differs)) {
+        const float factor[2] = {state[0].raise(new_max[0]), state[1].raise(new_max[1])};
+        if (__any_sync(0xffffffffu, has_values)) multiply_values(factor);
+      }
+    };
+    const auto add_values = [&](const u32(&p)[kSteps][4], u32 values) {
+      const Operand v_operand = swizzled_operand(values, kBlockBytes);
+      wgmma_fence();
 #pragma unroll
-        for (int step = half * kSteps / 2; step < (half + 1) * kSteps / 2; ++step) {
-          wgmma_rs<T>(acc, p[step], advance(v_operand, step * 16 * kBlockRowBytes));
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma_rs<T>(acc, p[step], advance(v_operand, step * 16 * kBlockRowBytes));
+      }
+      wgmma_commit();
+    };
+    // Of the warp's rows, for both groups.
+    const auto tell_sums = [&]() {
+      const int lane = lane_id();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = state[half].sum;
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (lane % 4 == 0) smem_sums[segment % 2][group][warp_row + half * 8 + lane / 4] = sum;
+      }
+    };
+#pragma unroll 1
+    while (true) {
+      TileNote note{0};
+      if (adds_last) {
+        mbarrier_wait(full_at(1 - group, group), (t - 1) / kStages & 1);
+        fence_async_proxy();
+        note = smem_notes[(t - 1) % kNotes];
+        note.bits = uniform(note.bits);
+      }
+      const bool adds_own = !note.ends_segment();  // or the segment ends with the other's tile
+      if (!adds_own) {
+        u32 p[kSteps][4];
+        take_weights(p, note.num_rows());
+        tell_sums();
+        add_values(p, values_at(1 - group));
+        if (note.ends_run() && tid == 0) smem_run_end.ask(ctas());
+        wgmma_wait<0>();
+        pin(acc);
+      } else {
+        const u32 parity = t / kStages & 1;
+        float s[kLogits];
+        const auto multiply_keys = [&](u32 offset, int begin, int end) {
+          const Operand q_operand = swizzled_operand(uniform(queries + offset), 0);
+          const Operand k_operand =
+              swizzled_operand(uniform(queries + kTileBytes + group * kTileBytes + offset), 0);
+#pragma unroll
+          for (int block = begin; block < end; ++block)
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+              const int at = (block - begin) * kBlockBytes + step * 32;
+              wgmma_ss<T>(s, advance(q_operand, at), advance(k_operand, at), block + step > 0);
+            }
+        };
+        // What the other has left is added as soon as it is there, before, or between the halves of, S: its place becomes
+        // free, for the tile after this one.
+        bool adds = adds_last;
+        const auto add_last = [&]() {
+          u32 last_p[kSteps][4];
+          take_weights(last_p, note.num_rows());
+          add_values(last_p, values_at(1 - group));
+        };
+        if (adds) {
+          bool is_there;
+          do {
+            is_there = mbarrier_is_over(weights_at(1 - group), (t - 1) / kStages & 1);
+          } while (!is_there && !mbarrier_is_over(full_at(group, group), parity));
+          if (any_of_warpgroup(group, is_there)) {
+            add_last();
+            wgmma_wait<0>();
+            pin(acc);
+            release(1 - group, group);
+            adds = false;
+          }
         }
+        if (segment > 0) mbarrier_wait(queries_full, segment - 1 & 1);
+        mbarrier_wait(full_at(group, group), parity);
+        fence_async_proxy();
+        wgmma_fence();
+        multiply_keys(own_half, 0, kBlocks);
+        multiply_keys((kRowBlocks - 1) * kBlockBytes, kBlocks, kBlocks + 1);
         wgmma_commit();
-      }
-      if (note.ends_run() && warp == 0 && lane == 0) smem_run_end.ask(ctas());
-      // The tile's place goes to the one after the next, by halves of the keys.
-      const bool copies = take_tile();
-      wgmma_wait<1>();
-      if (copies && !note.ends_segment()) {
-        sync_warpgroup(group);  // all four warps are done with the first half
-        copy_half(0, stage);
-      }
-      wgmma_wait<0>();
-      sync_warpgroup(group);
-      if (note.ends_segment()) {
-        // --- The segment's state is the result or the run's partial state. ---
-        const TileInfo& last = smem_tiles[segment % kSegments];
-        ++segment;
-        const bool is_complete = last.group.num_partials == 1;
-        const int lane = lane_id();  // anew, or what follows from it would be kept all the time
-        const int num_rows = last.num_rows<kTileQ>(heads);
-        constexpr int kWarpRows = kTileQ / 4;  // that a warp writes, where all warps write some
-        const int first_row = warp % 4 * kWarpRows;
-        const float2 own_stats = smem_stats[first_row + lane % kWarpRows];  // a lane has such a row
-        if (kPacks || is_complete) {
-          // Its numbers, of 16 bits, take the place of the tile's values: rows of 512 bytes, with chunks of 16 XORed with
-          // the row's last three bits, so that neither columns of pairs nor rows are in the same banks.
-          constexpr int kRowBytes = kColumns * 2;
-          const float2 stats[2] = {smem_stats[warp_row + lane / 4], smem_stats[warp_row + lane / 4 + 8]};
-          mbarrier_arrive(weights_empty);
-          const u32 place = smem_address_of(smem_q) + tile_offset;
-          if (warp_row < num_rows) {
-            float factor[2] = {stats[0].x, stats[1].x};
-            if (kPacks && !is_complete) {
-              // A quad has a row of this half of the columns.
-              const auto largest_of = [&](int half, auto of_finite) {
-                float largest = 0.0f;
+        const auto multiply_other_half = [&]() {
+          mbarrier_wait(full_at(group, 1 - group), parity);
+          fence_async_proxy();
+          wgmma_fence();
+          multiply_keys(other_half, kBlocks + 1, kRowBlocks);
+          wgmma_commit();
+        };
+        if (adds) {
+          add_last();
+          multiply_other_half();
+          wgmma_wait<1>();
+          pin(acc);
+          release(1 - group, group);
+          wgmma_wait<0>();
+        } else {
+          multiply_other_half();
+          wgmma_wait<0>();
+        }
+        note = smem_notes[t % kNotes];
+        note.bits = uniform(note.bits);
+        pin(s);
+        if (note.ends_segment() && !note.ends_run()) mbarrier_arrive(queries_empty);
+
+        const int lane = lane_id();
+        u32 p[kSteps][4];
+        float factor[2] = {1.0f, 1.0f};
+        bool raises = false;
+        if (warp_row < note.num_rows()) {
+          float scale = sm_scale * kLog2E;  // logits of base 2 are s * scale
+          if (logits_soft_cap > 0.0f || !(sm_scale > 0.0f)) {
+            // A capped logit is cap * tanh(s * sm_scale / cap).
+            const float inverse_cap = reciprocal_approx(logits_soft_cap);
 #pragma unroll
-                for (int n = 0; n < kColumns / 8; ++n)
+            for (int i = 0; i < kLogits; ++i) {
+              s[i] = logits_soft_cap > 0.0f
+                         ? logits_soft_cap * kLog2E * tanh_accurate(s[i] * (sm_scale * inverse_cap))
+                         : s[i] * scale;
+            }
+            scale = 1.0f;
+          }
+          // What a row must not see is -inf. Most tiles are seen whole by every row.
+          if (note.is_masked()) {
+            const TileInfo& tile = smem_tiles[t % kNotes];
+            const int kv_len = tile.kv_len;
+            const int token_begin = tile.token_begin + lane % 4 * 2;
 #pragma unroll
-                  for (int i = 0; i < 2; ++i) {
-                    const float x = fabsf(acc[n * 4 + half * 2 + i]);
-                    if (!of_finite.value || x < -neg_infinity()) largest = fmaxf(largest, x);
-                  }
-                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-                return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor[half];
+            for (int half = 0; half < 2; ++half) {
+              const int row = warp_row + half * 8 + lane / 4;
+              // The last key that it sees, or in a cascade where it stands.
+              const int last = [&]() {
+                if constexpr (kIsCascade) return smem_positions.rows[note.segment()][min(row, kTileQ - 1)];
+                return kv_len - tile.qo_len +
+                       heads.divide(tile.q_tile * kTileQ + min(row, note.num_rows() - 1));
+              }();
+              const auto is_hidden = [&](int token) {
+                if constexpr (kIsCascade) return problem.is_hidden(token, last, kv_len);
+                return token > last || (window_left >= 0 && token < last - window_left);
               };
-              float largest[2] = {largest_of(0, Bool<false>()), largest_of(1, Bool<false>())};
-              const bool all_finite[2] = {largest[0] < -neg_infinity(), largest[1] < -neg_infinity()};
-              if (__any_sync(0xffffffffu, !(all_finite[0] && all_finite[1]))) {
-                largest[0] = largest_of(0, Bool<true>());
-                largest[1] = largest_of(1, Bool<true>());
-              }
+#pragma unroll
+              for (int n = 0; n < kTileKV / 8; ++n)
+#pragma unroll
+                for (int column = 0; column < 2; ++column) {
+                  if (is_hidden(token_begin + n * 8 + column)) s[n * 4 + half * 2 + column] = neg_infinity();
+                }
+            }
+          }
+
+          // Online softmax. The four lanes of a quad have a row. Weights up to 2^8 are as exact as those up to 1, so the
+          // maximum is left alone until a logit is so far above it.
+          constexpr float kSlack = 8.0f;
+          float logit_max[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            logit_max[half] = neg_infinity();
+#pragma unroll
+            for (int n = 0; n < kTileKV / 8; ++n) {
+              logit_max[half] = fmaxf(logit_max[half], fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
+            }
+            logit_max[half] *= scale;
+          }
+          if (__any_sync(0xffffffffu,
+                         logit_max[0] > state[0].max + kSlack || logit_max[1] > state[1].max + kSlack)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float& x = logit_max[half];
+              x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+              x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+              raises |= state[half].max != neg_infinity();
+              factor[half] = state[half].raise(x);
+            }
+            raises = __any_sync(0xffffffffu, raises);
+          }
+          const float offset[2] = {state[0].offset(), state[1].offset()};
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
 #pragma unroll
               for (int half = 0; half < 2; ++half) {
-                const float scale = scale_to_pack(largest[half], all_finite[half]);
-                factor[half] *= scale;
-                if (lane % 4 == 0) {
-                  smem_flags[group][warp_row + half * 8 + lane / 4] =
-                      packed_flag(stats[half].y, reciprocal_of_power(scale));
-                }
+                const float* pair = s + (step * 2 + n) * 4 + half * 2;
+                const float x = exp2_approx(fmaf(pair[0], scale, -offset[half]));
+                const float y = exp2_approx(fmaf(pair[1], scale, -offset[half]));
+                state[half].sum += x + y;
+                p[step][n * 2 + half] = pack2<T>(x, y);
               }
-            }
-            const u32 first = place + (warp_row + lane % 16) * kRowBytes + 16 * (lane / 16 ^ lane % 8);
-            const auto pack = [&](auto type) {
-              using Packed = decltype(type);
+            smem_weights[(warp % 4 * kSteps + step) * 32 + lane] =
+                make_uint4(p[step][0], p[step][1], p[step][2], p[step][3]);
+          }
+          if (lane % 4 == 0) {
+            smem_max[group][warp_row + lane / 4] = state[0].max;
+            smem_max[group][warp_row + lane / 4 + 8] = state[1].max;
+          }
+          if (note.ends_segment()) tell_sums();
+        }
+        mbarrier_arrive(weights_at(group));
+        if (raises) multiply_values(factor);
+        add_values(p, values_at(group));
+        if (note.ends_run() && tid == 0) smem_run_end.ask(ctas());
+        wgmma_wait<0>();
+        pin(acc);
+        if (!note.ends_segment()) {
+          release(group, group);
+          t += 2;
+          adds_last = true;
+          continue;
+        }
+      }
+      const int stage = adds_own ? group : 1 - group;
+      const int tile_offset = kTileBytes + stage * kTileBytes + group * kBlocks * kBlockBytes;
+      // --- The segment's state is the result or the run's partial state. ---
+      sync_threads<kColumnThreads>();  // all have told their sums, and are done with the values
+      const TileInfo& last = smem_tiles[(adds_own ? t : t - 1) % kNotes];
+      const bool is_complete = last.group.num_partials == 1;
+      const int lane = lane_id();  // anew, or what follows from it would be kept all the time
+      const int num_rows = last.num_rows<kTileQ>(heads);
+      constexpr int kWarpRows = kTileQ / 4;  // that a warp writes, where all warps write some
+      const int first_row = warp % 4 * kWarpRows;
+      const auto stats_of = [&](int row) {  // 1 / sum, lse in base 2
+        SoftmaxState of_row;
+        of_row.max = smem_max[stage][row];
+        of_row.sum = smem_sums[segment % 2][0][row] + smem_sums[segment % 2][1][row];
+        return make_float2(of_row.inverse_sum(), of_row.lse_log2());
+      };
+      const float2 own_stats = stats_of(first_row + lane % kWarpRows);  // a lane has such a row
+      if (kPacks || is_complete) {
+        // Its numbers, of 16 bits, take the place of the tile's values: rows of 512 bytes, with chunks of 16 XORed with
+        // the row's last three bits, so that neither columns of pairs nor rows are in the same banks.
+        constexpr int kRowBytes = kColumns * 2;
+        const u32 place = smem_address_of(smem_q) + tile_offset;
+        if (warp_row < num_rows) {
+          float factor[2] = {stats_of(warp_row + lane / 4).x, stats_of(warp_row + lane / 4 + 8).x};
+          if (kPacks && !is_complete) {
+            // A quad has a row of this half of the columns.
+            const auto largest_of = [&](int half, auto of_finite) {
+              float largest = 0.0f;
 #pragma unroll
-              for (int n = 0; n < kColumns / 8; n += 2) {
-                u32 x[4];
+              for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  const float* pair = acc + (n + i / 2) * 4 + i % 2 * 2;
-                  x[i] = pack2<Packed>(pair[0] * factor[i % 2], pair[1] * factor[i % 2]);
+                for (int i = 0; i < 2; ++i) {
+                  const float x = fabsf(acc[n * 4 + half * 2 + i]);
+                  if (!of_finite.value || x < -neg_infinity()) largest = fmaxf(largest, x);
                 }
-                stmatrix_x4((first ^ n % 8 * 16) + n / 8 * 128, x);
-              }
+              largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+              return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor[half];
             };
-            if (is_complete) {
-              pack(T());
-            } else if constexpr (kPacks) {
-              pack(half_t());
+            float largest[2] = {largest_of(0, Bool<false>()), largest_of(1, Bool<false>())};
+            const bool all_finite[2] = {largest[0] < -neg_infinity(), largest[1] < -neg_infinity()};
+            if (__any_sync(0xffffffffu, !(all_finite[0] && all_finite[1]))) {
+              largest[0] = largest_of(0, Bool<true>());
+              largest[1] = largest_of(1, Bool<true>());
             }
-          }
-          if constexpr (kTileQ < kRows) {
-            sync_warpgroup(group);
-          } else {
-            __syncwarp();  // a warp writes the rows that it has packed
-          }
-          const int own_row = first_row + lane % kWarpRows;
-          u64 own_target;
-          if (is_complete) {
-            const auto result = [&]() {
-              const int row = min(own_row, num_rows - 1);
-              if constexpr (kIsCascade) return result_row(problem, results(), last, row, 0);
-              return results().row_at(last, row, 0);
-            }();
-            own_target = reinterpret_cast<u64>(result.out + group * kColumns);
-            if (group == 0 && lane < kWarpRows && own_row < num_rows) result.write_lse(own_stats.y);
-          } else {
-            own_target = reinterpret_cast<u64>(slots().row_at(last.state_row + own_row) + group * kColumns);
-          }
-#pragma unroll 4
-          for (int row = first_row; row < first_row + kWarpRows; ++row) {
-            const uint4 x = *reinterpret_cast<const uint4*>(smem_q + tile_offset + row * kRowBytes +
-                                                            16 * (lane ^ row % 8));
-            const u64 target = __shfl_sync(0xffffffffu, own_target, row - first_row);
-            if (row < num_rows) store16(target + lane * 16, x);
-          }
-          if constexpr (kPacks) {
-            if (!is_complete) {
-              __syncwarp();
-              fence_acq_rel();  // flags after what they stand for
-              constexpr int kHalfLines = Slots::kRowLines / 2;
-#pragma unroll 1
-              for (int i = lane; i < kWarpRows * kHalfLines; i += 32) {
-                const int row = first_row + i / kHalfLines;
-                const int line = group * kHalfLines + i % kHalfLines;
-                if (row < num_rows) {
-                  store_relaxed(slots().flag_at(0, (last.state_row + row) * Slots::kRowLines + line),
-                                smem_flags[group][row]);
-                }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const float scale = scale_to_pack(largest[half], all_finite[half]);
+              factor[half] *= scale;
+              if (lane % 4 == 0) {
+                smem_scales[group][warp_row + half * 8 + lane / 4] = reciprocal_of_power(scale);
               }
             }
           }
-        } else if constexpr (!kPacks) {
-          // Pairs of columns that a quad has of a row: through shared memory, a warp writes 128 next to each other; and
-          // where there are few rows, each warp some of them. Four columns lie in a place that is XORed with twice the
-          // row's last two bits, so that rows are in different banks.
-          constexpr bool kShares = kTileQ < kRows;
-          constexpr int kRowPlaces = kColumns / 4;
-          const int quad_row = lane / 4;
-          mbarrier_arrive(weights_empty);
-          float4* staging =
-              reinterpret_cast<float4*>(smem_q + tile_offset) + (kShares ? 0 : warp % 4 * 8 * kRowPlaces);
-          const auto stage_rows = [&](int half, int row) {
-            float2* pairs[4];  // where columns 8n + 2t, + 1 lie, by n % 4
+          const u32 first = place + (warp_row + lane % 16) * kRowBytes + 16 * (lane / 16 ^ lane % 8);
+          const auto pack = [&](auto type) {
+            using Packed = decltype(type);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-              pairs[n] = reinterpret_cast<float2*>(staging + (row + quad_row) * kRowPlaces +
-                                                   (n ^ quad_row % 4) * 2) +
-                         lane % 4;
+            for (int n = 0; n < kColumns / 8; n += 2) {
+              u32 x[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const float* pair = acc + (n + i / 2) * 4 + i % 2 * 2;
+                x[i] = pack2<Packed>(pair[0] * factor[i % 2], pair[1] * factor[i % 2]);
+              }
+              stmatrix_x4((first ^ n % 8 * 16) + n / 8 * 128, x);
             }
+          };
+          if (is_complete) {
+            pack(T());
+          } else if constexpr (kPacks) {
+            pack(half_t());
+          }
+        }
+        if constexpr (kTileQ < kRows) {
+          sync_warpgroup(group);
+        } else {
+          __syncwarp();  // a warp writes the rows that it has packed
+        }
+        const int own_row = first_row + lane % kWarpRows;
+        u64 own_target;
+        if (is_complete) {
+          const auto result = [&]() {
+            const int row = min(own_row, num_rows - 1);
+            if constexpr (kIsCascade) return result_row(problem, results(), last, row, 0);
+            return results().row_at(last, row, 0);
+          }();
+          own_target = reinterpret_cast<u64>(result.out + group * kColumns);
+          if (group == 0 && lane < kWarpRows && own_row < num_rows) result.write_lse(own_stats.y);
+        } else {
+          own_target = reinterpret_cast<u64>(slots().row_at(last.state_row + own_row) + group * kColumns);
+        }
+#pragma unroll 4
+        for (int row = first_row; row < first_row + kWarpRows; ++row) {
+          const uint4 x =
+              *reinterpret_cast<const uint4*>(smem_q + tile_offset + row * kRowBytes + 16 * (lane ^ row % 8));
+          const u64 target = __shfl_sync(0xffffffffu, own_target, row - first_row);
+          if (row < num_rows) store16(target + lane * 16, x);
+        }
+        if constexpr (kPacks) {
+          if (!is_complete) {
+            __syncwarp();
+            fence_acq_rel();  // flags after what they stand for
+            constexpr int kHalfLines = Slots::kRowLines / 2;
+#pragma unroll 1
+            for (int i = lane; i < kWarpRows * kHalfLines; i += 32) {
+              const int row = first_row + i / kHalfLines;
+              const int line = group * kHalfLines + i % kHalfLines;
+              if (row < num_rows) {
+                store_relaxed(slots().flag_at(0, (last.state_row + row) * Slots::kRowLines + line),
+                              packed_flag(stats_of(row).y, smem_scales[group][row]));
+              }
+            }
+          }
+        }
+      } else if constexpr (!kPacks) {
+        // Pairs of columns that a quad has of a row: through shared memory, a warp writes 128 next to each other; and
+        // where there are few rows, each warp some of them. Four columns lie in a place that is XORed with twice the
+        // row's last two bits, so that rows are in different banks.
+        constexpr bool kShares = kTileQ < kRows;
+        constexpr int kRowPlaces = kColumns / 4;
+        const int quad_row = lane / 4;
+        float4* staging =
+            reinterpret_cast<float4*>(smem_q + tile_offset) + (kShares ? 0 : warp % 4 * 8 * kRowPlaces);
+        const auto stage_rows = [&](int half, int row) {
+          float2* pairs[4];  // where columns 8n + 2t, + 1 lie, by n % 4
 #pragma unroll
-            for (int n = 0; n < kColumns / 8; ++n) {
-              pairs[n % 4][n / 4 * 16] = make_float2(acc[n * 4 + half * 2], acc[n * 4 + half * 2 + 1]);
+          for (int n = 0; n < 4; ++n) {
+            pairs[n] =
+                reinterpret_cast<float2*>(staging + (row + quad_row) * kRowPlaces + (n ^ quad_row % 4) * 2) +
+                lane % 4;
+          }
+#pragma unroll
+          for (int n = 0; n < kColumns / 8; ++n) {
+            pairs[n % 4][n / 4 * 16] = make_float2(acc[n * 4 + half * 2], acc[n * 4 + half * 2 + 1]);
+          }
+        };
+        if constexpr (kShares) {
+          if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
+          sync_warpgroup(group);
+        }
+        const int rows_left = num_rows - first_row;  // from the warp's first one on
+        if (rows_left > 0) {
+          const auto partials = slots();
+          const int own_row = first_row + min(lane % kWarpRows, rows_left - 1);
+          const u64 own_target =
+              reinterpret_cast<u64>(partials.row_at(last.state_row + own_row) + group * kColumns);
+          // Rows begin .. end - 1 of the warp, from the first place on; several at once, without branches: a row alone
+          // is a chain of latencies.
+          const auto write = [&](const float4* places, int begin, int end) {
+            constexpr int kAtOnce = kShares ? 4 : 2;  // there are no registers for more
+#pragma unroll 1
+            for (int first = begin; first < end; first += kAtOnce, places += kAtOnce * kRowPlaces) {
+              float4 x[kAtOnce][2];
+#pragma unroll
+              for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                  x[j][i] = places[j * kRowPlaces + (i * 32 + lane ^ (first + j) % 4 * 2)];
+#pragma unroll
+              for (int j = 0; j < kAtOnce; ++j) {
+                const float factor = __shfl_sync(0xffffffffu, own_stats.x, first + j);
+                const u64 target = __shfl_sync(0xffffffffu, own_target, first + j);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  if (first + j >= rows_left) continue;
+                  partials.write4(reinterpret_cast<float*>(target) + (i * 32 + lane) * 4,
+                                  make_float4(x[j][i].x * factor, x[j][i].y * factor, x[j][i].z * factor,
+                                              x[j][i].w * factor));
+                }
+              }
             }
           };
           if constexpr (kShares) {
-            if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
-            sync_warpgroup(group);
+            write(staging + first_row * kRowPlaces, 0, kWarpRows);
+          } else {
+            // One loop for both halves: to fetch code that has not been run takes longer than to run it.
+#pragma unroll 1
+            for (int half = 0; half * 8 < min(rows_left, 16); ++half) {
+              if (half == 0) {
+                stage_rows(0, 0);
+              } else {
+                stage_rows(1, 0);
+              }
+              __syncwarp();
+              write(staging, half * 8, half * 8 + 8);
+              __syncwarp();
+            }
           }
-          const int rows_left = num_rows - first_row;  // from the warp's first one on
-          if (rows_left > 0) {
-            const auto partials = slots();
-            const int own_row = first_row + min(lane % kWarpRows, rows_left - 1);
-            const u64 own_target =
-                reinterpret_cast<u64>(partials.row_at(last.state_row + own_row) + group * kColumns);
-            // Rows begin .. end - 1 of the warp, from the first place on; several at once, without branches: a row alone
-            // is a chain of latencies.
-            const auto write = [&](const float4* places, int begin, int end) {
-              constexpr int kAtOnce = kShares ? 4 : 2;  // there are no registers for more
+          constexpr int kLines = kColumns / Slots::kLineDims;
 #pragma unroll 1
-              for (int first = begin; first < end; first += kAtOnce, places += kAtOnce * kRowPlaces) {
-                float4 x[kAtOnce][2];
-#pragma unroll
-                for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-                  for (int i = 0; i < 2; ++i)
-                    x[j][i] = places[j * kRowPlaces + (i * 32 + lane ^ (first + j) % 4 * 2)];
-#pragma unroll
-                for (int j = 0; j < kAtOnce; ++j) {
-                  const float factor = __shfl_sync(0xffffffffu, own_stats.x, first + j);
-                  const u64 target = __shfl_sync(0xffffffffu, own_target, first + j);
-#pragma unroll
-                  for (int i = 0; i < 2; ++i) {
-                    if (first + j >= rows_left) continue;
-                    partials.write4(reinterpret_cast<float*>(target) + (i * 32 + lane) * 4,
-                                    make_float4(x[j][i].x * factor, x[j][i].y * factor, x[j][i].z * factor,
-                                                x[j][i].w * factor));
-                  }
-                }
-              }
-            };
-            if constexpr (kShares) {
-              write(staging + first_row * kRowPlaces, 0, kWarpRows);
-            } else {
-              // One loop for both halves: to fetch code that has not been run takes longer than to run it.
-#pragma unroll 1
-              for (int half = 0; half * 8 < min(rows_left, 16); ++half) {
-                if (half == 0) {
-                  stage_rows(0, 0);
-                } else {
-                  stage_rows(1, 0);
-                }
-                __syncwarp();
-                write(staging, half * 8, half * 8 + 8);
-                __syncwarp();
-              }
-            }
-            constexpr int kLines = kColumns / Slots::kLineDims;
-#pragma unroll 1
-            for (int i = lane; i < kWarpRows * kLines; i += 32) {
-              const int row = i / kLines;
-              const float row_lse = __shfl_sync(0xffffffffu, own_stats.y, row);
-              if (row >= rows_left) continue;
-              partials.write_lse(last.state_row + first_row + row,
-                                 group * kColumns + i % kLines * Slots::kLineDims, row_lse);
-            }
+          for (int i = lane; i < kWarpRows * kLines; i += 32) {
+            const int row = i / kLines;
+            const float row_lse = __shfl_sync(0xffffffffu, own_stats.y, row);
+            if (row >= rows_left) continue;
+            partials.write_lse(last.state_row + first_row + row,
+                               group * kColumns + i % kLines * Slots::kLineDims, row_lse);
           }
         }
-        if (note.ends_run()) break;
+      }
+      fence_async_proxy();  // the next keys are not to be overtaken by what was written here
+      if (in_pair) fence_cluster();
+      release(stage, group);
+      ++segment;
+      t += adds_own ? 2 : 0;
+      adds_last = adds_own;
+      if (note.ends_run()) break;
 #pragma unroll
-        for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
-        sync_warpgroup(group);  // the tile's place is free again
-        if (copies) copy_half(0, stage);
-      }
-      if (copies) {
-        copy_half(1, stage);
-        mbarrier_arrive_after_copies(full_at(stage));
-      }
-      stage ^= 1;
-      full_parity ^= stage == 0;
+      for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
+      state[0] = state[1] = SoftmaxState();
     }
   }
+  if (in_pair) cluster_arrive();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
-  merge_apart<kValueThreads, kTileKV>(smem_run_end, make_problem(), smem_partition, ctas(), slots(),
-                                      results(), reinterpret_cast<float*>(smem_q));
+  merge_apart<kColumnThreads, kTileKV>(smem_run_end, make_problem(), smem_partition, ctas(), slots(),
+                                       results(), reinterpret_cast<float*>(smem_q));
+  if (in_pair) cluster_wait();  // the other may still have told this one's barriers
 }
 
 #endif

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ from problems import (
 from strategies import FIXED_SPLIT_SIZES, MLA_DIMS, mla_arguments
 
 import cupyattn
-from cupyattn import Rope, mla_append, mla_decode
+from cupyattn import PagedMLACache, Rope, mla_append, mla_decode
 from cupyattn.runs import is_zeroed
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000")) // 5
@@ -255,6 +256,54 @@ def test_hundreds_of_thousands_of_tokens(xp, pools, page_size, window_left):
                 window_left=window_left, **rows_of(xp),
             )  # fmt: skip
             check(problem, (page_size, num_heads))
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 24, 48, 64, 128])
+@pytest.mark.parametrize(("num_heads", "qo_len"), [(16, 1), (64, 1), (128, 1), (64, 4), (192, 1), (128, 3)])
+def test_runs_of_many_tiles(xp, num_heads, qo_len, page_size):
+    """Whole pages are copied in boxes, to both CTAs that need them, where runs are long; the ends of requests are not.
+
+    192 rows are an odd number of query tiles; windows begin inside of boxes.
+    """
+    storage = MLA_STORAGES[(page_size + num_heads) % len(MLA_STORAGES)]
+    for kv_lens, window_left in (([30_000, 9_000, 700], -1), ([44_000], size(xp, 43_210, 100))):
+        problem = build(
+            xp, size(xp, kv_lens, [n // 100 for n in kv_lens]), num_heads=size(xp, num_heads, 2),
+            qo_lens=None if qo_len == 1 else [qo_len] * len(kv_lens), page_size=page_size, storage=storage,
+            window_left=window_left, seed=page_size,
+        )  # fmt: skip
+        check(problem, (num_heads, qo_len, page_size, kv_lens))
+
+
+FORMS = {  # a cache of the same rows: in other places, with strides that maps of boxes may not have
+    "tokens-outermost": lambda xp, a: xp.ascontiguousarray(a.swapaxes(0, 1)).swapaxes(0, 1),
+    "pages-reversed": lambda xp, a: xp.ascontiguousarray(a[::-1])[::-1],
+    "tokens-reversed": lambda xp, a: xp.ascontiguousarray(a[:, ::-1])[:, ::-1],
+    "odd-rows": lambda xp, a: xp.concatenate([a, a[..., :8]], axis=-1)[..., : a.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_caches_of_any_strides(xp, form):
+    """Long runs, whose tiles are copied in boxes where strides allow it."""
+    problem = build(xp, [size(xp, 50_000, 300)], num_heads=size(xp, 128, 2), page_size=16)
+    arrays = (FORMS[form](xp, a) for a in (problem.ckv_pages, problem.kpe_pages))
+    out, lse = mla_decode(
+        problem.q, PagedMLACache(*arrays), problem.pages, **problem.options, return_lse=True
+    )
+    assert_right(out, lse, attend(problem), problem.dtype, form)
+
+
+def test_a_thread_that_has_not_used_the_device(xp):
+    """Its first call, of a shape that is known, with a cache that is not."""
+    problem = build(xp, [size(xp, 50_000, 300)], num_heads=size(xp, 64, 2), page_size=64)
+    wanted = to_host(problem.call(mla_decode)).tobytes()
+    cache = PagedMLACache(problem.ckv_pages.copy(), problem.kpe_pages.copy())
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(mla_decode, problem.q, cache, problem.pages, **problem.options)
+        assert to_host(call.result(timeout=60)).tobytes() == wanted
 
 
 @pytest.mark.parametrize("num_heads", [5, 16, 32, 64, 100, 128])

@@ -26,6 +26,7 @@ from cupyattn.runtime import (
     KernelSpec,
     LaunchError,
     arch_of,
+    can_map,
     compiler,
     device,
     get_kernel,
@@ -981,3 +982,11 @@ def test_first_use_is_quick(cupy: Any) -> None:
     print("compiled", seconds[0], "cached", seconds[1:])
     assert seconds[0] <= 3
     assert min(seconds[1:]) <= 0.050
+
+
+def test_strides_that_tensor_maps_can_have():
+    assert can_map((1152, 1152 * 64))
+    assert can_map((16, 1 << 39))
+    for stride in (0, -1152, 1160, 8, 1 << 40):
+        assert not can_map((1152, stride))
+        assert not can_map((stride, 1152))

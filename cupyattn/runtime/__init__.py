@@ -5,6 +5,7 @@ from .device import DeviceProperties, arch_of, device_properties, num_devices
 from .launch import Kernel, Launcher, LaunchError
 from .registry import CI_ARCHS, KernelSpec, get_kernel, get_spec, list_kernels, register_kernel
 from .source import get_include, kernels_root
+from .tensor_map import can_map, encode_tensor_map
 
 __all__ = [
     "CI_ARCHS",
@@ -20,7 +21,9 @@ __all__ = [
     "Resources",
     "arch_of",
     "cache_dir",
+    "can_map",
     "device_properties",
+    "encode_tensor_map",
     "get_include",
     "get_kernel",
     "get_spec",

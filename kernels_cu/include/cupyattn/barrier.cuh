@@ -16,6 +16,22 @@ __device__ __forceinline__ void sync_warpgroup(int group) {
   asm volatile("bar.sync %0, 128;" : : "r"(2 + group) : "memory");
 }
 
+// And say whether `x` holds for any thread of it.
+__device__ __forceinline__ bool any_of_warpgroup(int group, bool x) {
+  u32 any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "bar.red.or.pred p, %1, 128, p;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(2 + group), "r"(static_cast<u32>(x))
+      : "memory");
+  return any;
+}
+
 #if __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ void mbarrier_init(u32 smem_barrier, u32 num_arrivals) {
@@ -28,7 +44,21 @@ __device__ __forceinline__ void mbarrier_arrive(u32 smem_barrier) {
 __device__ __forceinline__ void mbarrier_arrive_after_copies(u32 smem_barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(smem_barrier) : "memory");
 }
-// Waits for the phase of this parity to be over: 0 for the first one.
+// Whether the phase of this parity is over: 0 for the first one.
+__device__ __forceinline__ bool mbarrier_is_over(u32 smem_barrier, u32 parity) {
+  u32 is_over;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(is_over)
+      : "r"(smem_barrier), "r"(parity)
+      : "memory");
+  return is_over;
+}
+// Waits for that.
 __device__ __forceinline__ void mbarrier_wait(u32 smem_barrier, u32 parity) {
   asm volatile(
       "{\n"

@@ -186,6 +186,13 @@ struct Cursor {
     return tile + 1 == request.num_tiles() || unit + 1 == unit_end;
   }
 
+  // Whether done() once the cursor has advanced.
+  template <typename Problem>
+  __device__ __forceinline__ bool ends_run(const Problem& problem) const {
+    const int overhead = tile + 1 == request.num_tiles() ? problem.group_overhead : 0;
+    return unit + ends_unit(problem) + overhead >= unit_end;
+  }
+
   template <typename Problem>
   __device__ __forceinline__ void enter(const Problem& problem, int b) {
     request_idx = b;
@@ -255,7 +262,8 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
   return end;
 }
 
-// The place on the line of CTA `cta` of `max_ctas`; all its threads must call it. False where the line is too short to
+// The place on the line of CTA `cta` of `max_ctas` (`in_pairs`: of clusters of two, whose CTAs get the same run of two
+// parts if there is an even number of these); all its threads must call it. False where the line is too short to
 // reach it.
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
 // begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
@@ -263,7 +271,7 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
 template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
 __device__ __forceinline__ bool begin_run(const Problem& problem,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
-                                          Partition& partition, int cta = blockIdx.x,
+                                          Partition& partition, bool in_pairs = false, int cta = blockIdx.x,
                                           int max_ctas = gridDim.x) {
   __shared__ Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost> smem_cursor;
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
@@ -327,8 +335,15 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   cursor.q_tile = 0;
   if (kQTilesOutermost && partition.num_parts > 1) {
     partition.number_ctas();
-    cursor.q_tile = cta / partition.part_ctas;
-    cta_in_part -= cursor.q_tile * partition.part_ctas;
+    if (in_pairs && partition.num_parts % 2 == 0) {
+      // Two neighbours have the same run of two parts.
+      cursor.q_tile = cta / 2 / partition.part_ctas * 2 + cta % 2;
+      cta_in_part = cta / 2 % partition.part_ctas;
+      partition.cta = cursor.q_tile * partition.part_ctas + cta_in_part;
+    } else {
+      cursor.q_tile = cta / partition.part_ctas;
+      cta_in_part -= cursor.q_tile * partition.part_ctas;
+    }
     units /= partition.num_parts, end /= partition.num_parts;
   }
   int unit = partition.begin(cta_in_part);  // of the part

@@ -75,6 +75,10 @@ template <bool kValue>
 struct Bool {
   static constexpr bool value = kValue;
 };
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
 
 // Volatile: where registers are scarce, made again rather than kept.
 __device__ __forceinline__ int lane_id() {

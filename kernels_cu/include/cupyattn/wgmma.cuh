@@ -55,6 +55,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 }
 
+// After a wait for the products that these are of: the compiler would otherwise be free to use them before.
+template <int kNumbers>
+__device__ __forceinline__ void pin(float (&c)[kNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) asm volatile("" : "+f"(c[i]) : : "memory");
+}
+
 #if __CUDA_ARCH__ >= 900
 // Four 8 x 8 matrices of 16-bit numbers, of which a quad has a row, as accumulators have it, to shared memory: lane i says
 // where row i % 8 of matrix i / 8 goes.
