@@ -226,6 +226,10 @@ class MLAPlan(AttentionPlan):
                 (a.shape[::-1], stride, (64, rows, 1)) for a, stride in zip(arrays, strides, strict=True)
             ]
 
+    def _encode_maps(self, addresses: Sequence[int]) -> list[bytes | None]:
+        boxes = self.key_boxes or ()
+        return [encode_tensor_map(a, *box) for a, box in zip(addresses, boxes, strict=False)]
+
     def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
         """Return pointers to the inputs; where the queries are one array, two into it. Then KeyMaps, if needed."""
         q, q_kpe, *others = super().bind(arrays, place)
@@ -234,9 +238,11 @@ class MLAPlan(AttentionPlan):
             return pointers
         packed = b""
         if self.key_boxes:
-            with self.xp.cuda.Device(self.device):
-                self.xp.cuda.runtime.free(0)  # a thread that has not used CUDA yet gets its context
-                maps = [encode_tensor_map(a, *box) for a, box in zip(others, self.key_boxes, strict=False)]
+            maps = self._encode_maps(others)
+            if None in maps:  # perhaps in a thread that has not used CUDA yet
+                with self.xp.cuda.Device(self.device):
+                    self.xp.cuda.runtime.free(0)
+                    maps = self._encode_maps(others)
             if None not in maps:
                 packed = b"".join(filter(None, maps)) + struct.pack("<i", self.key_boxes[0][-1][1])
         return (*pointers, packed.ljust(kernels.KEY_MAPS_BYTES, b"\0"))

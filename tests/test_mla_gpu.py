@@ -294,16 +294,24 @@ def test_caches_of_any_strides(xp, form):
     assert_right(out, lse, attend(problem), problem.dtype, form)
 
 
-def test_a_thread_that_has_not_used_the_device(xp):
-    """Its first call, of a shape that is known, with a cache that is not."""
-    problem = build(xp, [size(xp, 50_000, 300)], num_heads=size(xp, 64, 2), page_size=64)
-    wanted = to_host(problem.call(mla_decode)).tobytes()
-    cache = PagedMLACache(problem.ckv_pages.copy(), problem.kpe_pages.copy())
+@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_thread_that_has_not_used_the_device(xp, is_known, num_heads):
+    """Its first call: of a shape that is known or not, with a cache that is not."""
+    length = size(xp, 50_000, 300) + num_heads + is_known
+    problem = build(xp, [length], num_heads=size(xp, num_heads, 2), page_size=64, storage="mla-pair")
+    caches = [PagedMLACache(problem.ckv_pages.copy(), problem.kpe_pages.copy()) for _ in range(2)]
+
+    def call(cache):
+        return to_host(mla_decode(problem.q, cache, problem.pages, **problem.options))
+
+    known = [call(caches[0])] if is_known else []
     if xp is not np:
         xp.cuda.Device().synchronize()
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(mla_decode, problem.q, cache, problem.pages, **problem.options)
-        assert to_host(call.result(timeout=60)).tobytes() == wanted
+        result = pool.submit(call, caches[1]).result(timeout=60)
+    for out in known or [call(caches[0])]:
+        assert out.tobytes() == result.tobytes()
 
 
 @pytest.mark.parametrize("num_heads", [5, 16, 32, 64, 100, 128])

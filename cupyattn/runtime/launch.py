@@ -455,6 +455,9 @@ class Kernel:
     def _set_attribute(self, attribute: int, value: int) -> None:
         with self.on_device():
             status = driver().cuFuncSetAttribute(ctypes.c_void_p(self.function), attribute, value)
+            if status == _INVALID_CONTEXT:  # as in Launcher.launch_plain
+                self.make_context_current()
+                status = driver().cuFuncSetAttribute(ctypes.c_void_p(self.function), attribute, value)
         if status:
             raise LaunchError(f"{self}: function attribute {attribute} = {value}: {_error_text(status)}")
 
@@ -466,7 +469,13 @@ class Kernel:
         x, y, z = _dim3("block", block)
         occupancy = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor
         with self.on_device():
-            return int(occupancy(self.function, x * y * z, shared_mem))
+            try:
+                return int(occupancy(self.function, x * y * z, shared_mem))
+            except cupy.cuda.driver.CUDADriverError as error:
+                if error.status != _INVALID_CONTEXT:
+                    raise
+                self.make_context_current()
+                return int(occupancy(self.function, x * y * z, shared_mem))
 
     def prepare(
         self,
