@@ -518,7 +518,7 @@ def beside_another_kernel(gpu: ModuleType, launch: Callable[[], Any], num_free: 
 
 
 def check_where_another_kernel_holds_the_sms(
-    gpu: ModuleType, problem: Problem, fixed_split_size: int | None
+    gpu: ModuleType, problem: Problem, fixed_split_size: int | None, num_free: int = 1
 ) -> None:
     """CTAs that end before all have started must not wait for those that cannot start: the bits are the same."""
     operands = problem.q, problem.cache, problem.pages
@@ -529,7 +529,7 @@ def check_where_another_kernel_holds_the_sms(
     out = poison(gpu.empty(problem.out_shape, problem.q.dtype))
     lse = gpu.empty(problem.q.shape[:2], np.float32)
     for nobody_waited in beside_another_kernel(
-        gpu, lambda: problem.call(problem.decode, out=out, lse=lse, **mode)
+        gpu, lambda: problem.call(problem.decode, out=out, lse=lse, **mode), num_free
     ):
         assert nobody_waited
         assert to_host(out).tobytes() + to_host(lse).tobytes() == expected

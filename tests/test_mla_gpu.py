@@ -774,7 +774,9 @@ def test_two_streams_at_once(xp, fixed_split_size):
 def test_where_another_kernel_holds_the_sms(gpu, num_heads, fixed_split_size):
     """CTAs that end before all have started leave their lines to those that end later: the bits are the same."""
     problem = build(gpu, [20_000, 3000, 0, 700], num_heads=num_heads)
-    check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size)
+    # A cluster of two starts where two SMs of one GPC are free, of which there are eight at most.
+    num_free = 10 if num_heads > 64 and fixed_split_size is None else 1
+    check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size, num_free)
 
 
 @pytest.mark.gpu
