@@ -193,7 +193,7 @@ class AppendPlan(Plan):
         self.launcher = None
         if num_tokens:
             kernel = get_kernel("append", kernels.CUDA_TYPES[checks.dtype_name(rows[0])], device=self.device)
-            self.launcher = kernel.prepare(num_tokens, kernels.APPEND_THREADS, arguments=arguments)
+            self.launcher = kernel.prepare(num_tokens, kernels.APPEND_THREADS, pdl=True, arguments=arguments)
 
     def _layout(self, rows: list[Any], cache: Any) -> tuple[tuple[int, ...], int, int]:
         """Return the kernel's strides of rows and pages, the number of KV heads, and `v_head_dim`."""

@@ -187,7 +187,9 @@ class _CupyPlan(_MergePlan):
         vec = kernels.merge_vector(self.dtype, self.head_dim, aligned)
         if vec not in self.launchers:
             kernel = get_kernel("merge_states", kernels.CUDA_TYPES[self.dtype], vec, device=self.device)
-            self.launchers[vec] = kernel.prepare(-(-self.num_rows // _ROWS_PER_CTA), 32 * _ROWS_PER_CTA)
+            self.launchers[vec] = kernel.prepare(
+                -(-self.num_rows // _ROWS_PER_CTA), 32 * _ROWS_PER_CTA, pdl=True
+            )
         return self.launchers[vec]
 
     def _rows_meet(self, arrays: tuple[Any, ...]) -> bool:

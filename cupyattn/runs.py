@@ -138,18 +138,23 @@ class Runs:
             kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes,
             cluster=cluster if cluster > 1 else None,
         )  # fmt: skip
-        self._launchers: dict[bool, Launcher] = {}  # with and without pdl
         self.num_structs = 0
 
     def fix(self, *arguments: int) -> None:
-        """Set the kernel's arguments between its pointers and `table_row_stride`, for all calls."""
+        """Set the kernel's arguments between its pointers and `table_row_stride`, for all calls.
+
+        Every launch starts early (see launch.cuh). One with `pdl` also reads lengths and tables early.
+        """
         fixed = (*arguments, *self._table_arguments)
         fields = self._kernel.layout.fields
         num_pointers = next(i for i, field in enumerate(fields) if field.ctype != "ptr")
-        num_options = len(fields) - num_pointers - len(fixed)
-        self._prepare = functools.partial(
-            self._prepare, arguments=(*(None,) * num_pointers, *fixed, *(None,) * num_options)
-        )
+        num_options = len(fields) - num_pointers - len(fixed) - 1
+        self._launchers: list[Launcher] = [
+            self._prepare(
+                pdl=True, arguments=(*(None,) * num_pointers, *fixed, reads_early, *(None,) * num_options)
+            )
+            for reads_early in (0, 1)
+        ]
 
     def __call__(
         self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
@@ -158,9 +163,6 @@ class Runs:
 
         `pointers` are to inputs, then structs, then to `out` and `lse`.
         """
-        launcher = self._launchers.get(pdl)
-        if launcher is None:
-            launcher = self._launchers[pdl] = self._prepare(pdl=pdl)
         if workspace is None:
             workspace = default_workspace(self.needed_bytes, self._kernel.device, stream)
         start = workspace.data.ptr
@@ -168,7 +170,7 @@ class Runs:
             structs = pointers[-2 - self.num_structs : -2]
             pointers = (*pointers[: -2 - self.num_structs], *pointers[-2:])
             options = (*options, *structs)
-        launcher.launch_plain(
+        self._launchers[pdl].launch_plain(
             (*pointers, start + self._state_offset, start + self._lse_offset, start, *options), stream
         )
 

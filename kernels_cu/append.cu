@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kAppendThreads)
                   int head_dim, int v_head_dim,  // of k and q; of v
                   int page_size, int table_row_stride, int rotary_dim, int rope_mode) {
   // clang-format on
+  wait_for_predecessor();
   launch_dependents();  // decode with pdl=True finds out what it will read meanwhile
   __shared__ float2 smem_cos_sin[kMaxPairs];
   const PageTable pages{kv_indptr, kv_indices, table_row_stride};

@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   int num_table_entries,                // of kv_indices, to prefetch
                   int split_shift,                      // log2 of the tiles of a fixed split
                   int max_splits,                       // that the workspace has slots for
+                  int reads_early,                     // what pdl=True allows, see launch.cuh
                   int window_left,                      // -1: unbounded
                   float sm_scale,
                   float logits_soft_cap,                // 0: none
@@ -146,11 +147,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const int quad_row = lane / 4;      // g of mma.cuh
   const int quad_col = lane % 4 * 2;  // 2t of mma.cuh
 
-  // The chain lengths -> offsets -> page ids -> keys is what a small batch waits for. All CTAs together ask
-  // for offsets and page ids at once, so that they are in L2 when the lengths have come from DRAM.
+  // The chain lengths -> offsets -> page ids -> keys is what a small batch waits for. All CTAs together ask L2 for all but
+  // the keys at once.
   problem.template prefetch<kThreads>(num_table_entries);
   // Parameters lie in constant memory, which each SM reads in lines of 64 bytes when first used, one after
-  // the other. Here that hides behind the lengths.
+  // the other. Here that hides behind the lengths, or the kernel before.
   touch(q_stride_token);
   touch(v_stride_page);
   touch(lse_stride_head);
@@ -170,6 +171,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     pin(strides.page), pin(strides.token), pin(strides.head), pin(pages_begin);
     pin(q_offset), pin(k_offset), pin(v_offset);
   }
+  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs kStages - 1 tiles ahead of the tile in use
   Partition partition;
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
-  launch_dependents();
+  if (reads_early) launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
   if (tid == 0) ctas.start();
   clear();
@@ -734,13 +736,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   }
 
   float* smem_scratch = reinterpret_cast<float*>(smem_kv);
+  if (!reads_early) launch_dependents();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
-    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, smem_scratch);
     });
   } else {
-    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
       merge_share<kThreads, kFixedSplits>(partials, output, share, smem_scratch);
     });
   }

@@ -6,6 +6,7 @@
 // rows. In place is safe: a warp reads a row of every state before it writes the row (per chunk of head_dim,
 // and writes only what it alone has read).
 
+#include "cupyattn/launch.cuh"
 #include "cupyattn/state.cuh"
 
 namespace cupyattn {
@@ -27,6 +28,8 @@ __global__ void __launch_bounds__(128, 8)
                         i64 outer_stride,  // rows between outer indices of the inputs
                         i64 out_outer_stride) {  // and of the output
   // clang-format on
+  wait_for_predecessor();
+  launch_dependents();
   const int lane = threadIdx.x % 32;
   const i64 row = blockIdx.x * 4ll + threadIdx.x / 32;
   if (row >= num_rows) return;

@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                int num_table_entries,              // of kv_indices, to prefetch
                int split_shift,                    // log2 of the tiles of a fixed split
                int max_splits,                     // that the workspace has slots for
+               int reads_early,                     // what pdl=True allows, see launch.cuh
                int window_left,                    // -1: unbounded
                float sm_scale,
                float logits_soft_cap,              // 0: none
@@ -145,12 +146,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const int quad_row = lane / 4;             // g of mma.cuh
   const int quad_col = lane % 4 * 2;         // 2t of mma.cuh
 
-  // As in decode.cu: offsets and page ids are in L2 when the lengths have come from DRAM.
+  // As in decode.cu.
   problem.template prefetch<kThreads>(num_table_entries);
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
   touch(lse_stride_head);
   touch(logits_soft_cap);
+  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs up to kStages - 1 tiles ahead of the tile in use
   Partition partition;
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
-  launch_dependents();
+  if (reads_early) launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
   if (tid == 0) ctas.start();
   clear();
@@ -498,14 +500,15 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     }
     clear();
   }
+  if (!reads_early) launch_dependents();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
-    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share,
                                     reinterpret_cast<float*>(smem));
     });
   } else {
-    smem_run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
       merge_share<kThreads, kFixedSplits>(partials, output, share, smem_logits);
     });
   }

@@ -52,7 +52,8 @@ namespace cupyattn {
 // A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. Copies,
 // because what a call gets by reference is in memory, and read there again after every asm statement.
 template <int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots, typename Results>
-__device__ __noinline__ void merge_apart(RunEnd& run_end, const Problem& problem_in_memory,
+__device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier,
+                                         const Problem& problem_in_memory,
                                          const Partition& partition_in_memory, const Ctas& ctas_in_memory,
                                          const Slots& partials_in_memory, const Results& output_in_memory,
                                          float* scratch) {
@@ -62,12 +63,13 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, const Problem& problem
   if constexpr (Problem::kIsCascade) {
     const Problem problem = problem_in_memory;
     const Partition partition = partition_in_memory;
-    run_end.merge<kThreads>(ctas, [&](const TileInfo& share) {
+    run_end.merge(ctas, barrier, [&](const TileInfo& share) {
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, scratch);
     });
   } else {
-    run_end.merge<kThreads>(
-        ctas, [&](const TileInfo& share) { merge_share<kThreads, false>(partials, output, share, scratch); });
+    run_end.merge(ctas, barrier, [&](const TileInfo& share) {
+      merge_share<kThreads, false>(partials, output, share, scratch);
+    });
   }
 }
 
@@ -132,6 +134,7 @@ __global__ void __launch_bounds__(384, 1)
                     int num_table_entries,              // of kv_indices, to prefetch
                     int split_shift,                    // fixed splits are mla.cu's
                     int max_splits,
+                    int reads_early,                     // what pdl=True allows, see launch.cuh
                     int window_left,                    // -1: unbounded
                     float sm_scale,
                     float logits_soft_cap,              // 0: none
@@ -199,18 +202,19 @@ __global__ void __launch_bounds__(384, 1)
   __shared__ int2 smem_seen;  // of the segment whose keys are being copied; not a cascade's
   __shared__ Positions<kTileQ, kIsCascade ? 2 : 0> smem_positions;  // of segments in turn
   // Of each tile's halves of columns.
-  __shared__ __align__(8) u64 smem_barriers[4 * kStages + 4];
+  __shared__ __align__(8) u64 smem_barriers[4 * kStages + 5];
   const u32 barriers = smem_address_of(smem_barriers);
   const auto full_at = [&](int stage, int half) { return barriers + (stage * 2 + half) * 8; };
   const auto empty_at = [&](int stage, int half) { return barriers + (kStages * 2 + stage * 2 + half) * 8; };
   const auto weights_at = [&](int group) { return barriers + (kStages * 4 + group) * 8; };
   const u32 queries_full = barriers + (kStages * 4 + 2) * 8;
   const u32 queries_empty = queries_full + 8;
+  CountedBarrier columns_barrier{queries_full + 16, 0};  // of both groups
 
   const int tid = threadIdx.x;
   const int warp = uniform(tid / 32);
 
-  // As in decode.cu: offsets and page ids are in L2 when the lengths have come from DRAM.
+  // As in decode.cu.
   problem.template prefetch<kThreads>(num_table_entries);
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
@@ -224,9 +228,11 @@ __global__ void __launch_bounds__(384, 1)
     mbarrier_init(weights_at(1), kGroupThreads);
     mbarrier_init(queries_full, kCopyThreads);
     mbarrier_init(queries_empty, kGroupThreads);
+    mbarrier_init(columns_barrier.smem_barrier, kColumnThreads);
     if (key_maps.box_rows > 0) prefetch_map(key_maps.ckv), prefetch_map(key_maps.kpe);
   }
   if (tid < 2) smem_run_end.clear();
+  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   using Tiles = Cursor<kTileKV, kTileQ, false, !kIsCascade>;
   // The cursor of each warp that copies, at the first tile of the segment at hand: in shared memory, as these have
@@ -455,6 +461,7 @@ __global__ void __launch_bounds__(384, 1)
       const bool copies_queries = begins_segment && t > 0;
       if (begins_segment) {
         const int lane = lane_id();
+        __syncwarp();  // all have read the last ones
         if (lane == 0) smem_queries[1 + copy_warp] = queries_of(smem_load);
         if (copy_warp == 0) {
           // The first and last key that all rows see.
@@ -548,7 +555,7 @@ __global__ void __launch_bounds__(384, 1)
   };
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
-  launch_dependents();
+  if (reads_early) launch_dependents();
   if (tid == 0) ctas().start();
   copy_queries(smem_queries[0], 0, Int<kColumnThreads / 32>());
   cp_async_commit();
@@ -810,7 +817,7 @@ __global__ void __launch_bounds__(384, 1)
       const int stage = adds_own ? group : 1 - group;
       const int tile_offset = kTileBytes + stage * kTileBytes + group * kBlocks * kBlockBytes;
       // --- The segment's state is the result or the run's partial state. ---
-      sync_threads<kColumnThreads>();  // all have told their sums, and are done with the values
+      columns_barrier.wait();  // all have told their sums, and are done with the values
       const TileInfo& last = smem_tiles[(adds_own ? t : t - 1) % kNotes];
       const bool is_complete = last.group.num_partials == 1;
       const int lane = lane_id();  // anew, or what follows from it would be kept all the time
@@ -1018,12 +1025,13 @@ __global__ void __launch_bounds__(384, 1)
       state[0] = state[1] = SoftmaxState();
     }
   }
+  if (!reads_early) launch_dependents();
   if (in_pair) cluster_arrive();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
-  merge_apart<kColumnThreads, kTileKV>(smem_run_end, make_problem(), smem_partition, ctas(), slots(),
-                                       results(), reinterpret_cast<float*>(smem_q));
+  merge_apart<kColumnThreads, kTileKV>(smem_run_end, columns_barrier, make_problem(), smem_partition, ctas(),
+                                       slots(), results(), reinterpret_cast<float*>(smem_q));
   if (in_pair) cluster_wait();  // the other may still have told this one's barriers
 }
 

@@ -549,6 +549,7 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     properties = {"name": b"Fake", "major": 8, "minor": 0, "multiProcessorCount": 4, "l2CacheSize": 1 << 20}
     properties |= {"sharedMemPerBlockOptin": 163 << 10, "sharedMemPerMultiprocessor": 164 << 10}
+    seen.properties = properties
     runtime = SimpleNamespace(
         getDevice=lambda: seen.current,
         setDevice=lambda number: None,
@@ -584,7 +585,9 @@ def test_launch_structs_are_those_of_cuda_h() -> None:
     assert attribute.value.offset == 8
 
 
-def test_launch_hands_everything_over(axpy: KernelSpec, fake_driver: SimpleNamespace) -> None:
+@pytest.mark.parametrize("major", [8, 9])
+def test_launch_hands_everything_over(axpy: KernelSpec, fake_driver: SimpleNamespace, major: int) -> None:
+    fake_driver.properties["major"] = major
     kernel = get_kernel("axpy", "float", 1)
     assert kernel is get_kernel("axpy", "float", 1)
     assert kernel is not get_kernel("axpy", "double", 1)
@@ -600,7 +603,8 @@ def test_launch_hands_everything_over(axpy: KernelSpec, fake_driver: SimpleNames
         7,
     )
     assert got.values == [1 << 40, None, -1, 0.25]
-    assert got.attributes == [(4, (2, 1, 1)), (6, (1, 0, 0))]
+    pdl = [(6, (1, 0, 0))] if major >= 9 else []  # there is none below
+    assert got.attributes == [(4, (2, 1, 1)), *pdl]
     assert fake_driver.attributes == []  # nothing out of the ordinary was asked for
 
 

@@ -18,6 +18,11 @@ class DeviceProperties:
     max_shared_per_sm: int
     l2_bytes: int
 
+    @property
+    def has_pdl(self) -> bool:
+        """Whether kernels can start while the one before them is finishing: from compute capability 9.0 on."""
+        return int("".join(filter(str.isdigit, self.arch))) >= 90
+
 
 def arch_of(major: int, minor: int) -> str:
     """Name the target of a compute capability; from 9.0 on with the features of that very chip (``a``).

@@ -314,12 +314,12 @@ class Launcher:
         self.grid, self.block = _dim3("grid", grid), _dim3("block", block)
         self.shared_mem = shared_mem
         self.cluster = None if cluster is None else _dim3("cluster", cluster)
-        self.pdl = pdl
+        self.pdl = pdl and device_properties(kernel.device).has_pdl
         self.attributes = []
         if self.cluster is not None:
             self.attributes.append(LaunchAttribute(_CLUSTER_DIMENSION, 0, self.cluster))
             kernel.allow_cluster(self.cluster[0] * self.cluster[1] * self.cluster[2])
-        if pdl:
+        if self.pdl:
             self.attributes.append(LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
         kernel.set_max_shared(shared_mem)
         values = [None] * len(kernel.layout.fields) if arguments is None else arguments
@@ -497,7 +497,8 @@ class Kernel:
             Bytes of dynamic shared memory a block.
         pdl : bool
             Programmatic dependent launch: the kernel may start before its predecessor in the stream has
-            finished, and must itself wait (``griddepcontrol.wait``) before it reads what that one wrote.
+            finished, and must itself wait (``griddepcontrol.wait``) before it reads what that one wrote. No effect
+            below compute capability 9.0.
         arguments : sequence, optional
             For each of the kernel's arguments its value, which is fixed too, or None if calls are to give it (a
             null pointer is 0).

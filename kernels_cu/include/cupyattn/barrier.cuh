@@ -11,6 +11,10 @@ template <int kThreads>
 __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
 }
+template <int kThreads>
+struct NamedBarrier {
+  __device__ __forceinline__ void wait() const { sync_threads<kThreads>(); }
+};
 // The four warps of warpgroup `group`.
 __device__ __forceinline__ void sync_warpgroup(int group) {
   asm volatile("bar.sync %0, 128;" : : "r"(2 + group) : "memory");
@@ -71,6 +75,19 @@ __device__ __forceinline__ void mbarrier_wait(u32 smem_barrier, u32 parity) {
       : "r"(smem_barrier), "r"(parity)
       : "memory");
 }
+
+// What sync_threads does, by a barrier that all these threads arrive at: racecheck loses a bar.sync of some of a CTA's
+// threads at times.
+struct CountedBarrier {
+  u32 smem_barrier;
+  u32 parity;  // of its phase
+
+  __device__ __forceinline__ void wait() {
+    mbarrier_arrive(smem_barrier);
+    mbarrier_wait(smem_barrier, parity);
+    parity ^= 1;
+  }
+};
 
 #endif
 

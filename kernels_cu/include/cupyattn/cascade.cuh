@@ -99,8 +99,6 @@ struct CascadeProblem {
 
   template <int kThreads>
   __device__ __forceinline__ void prefetch(int) const {
-    // The launch before may still read what it has written down there.
-    if (!levels.nodes_in_shared) wait_for_predecessor();
     constexpr int kLine = 32;  // entries of a 128-byte line
     const i64 entry = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
 #pragma unroll 1
@@ -112,11 +110,13 @@ struct CascadeProblem {
     if (threadIdx.x < batch_size) {
       const Levels::Level& level = levels.levels[level_of(threadIdx.x)];
       const int i = threadIdx.x - level.first_node;
-      load_early(level.kv_lens + i);
-      if (level.kv_indptr != nullptr) load_early(level.kv_indptr + i);
-      if (level.qo_indptr != nullptr) load_early(level.qo_indptr + i);
+      prefetch_l2(level.kv_lens + i);
+      if (level.kv_indptr != nullptr) prefetch_l2(level.kv_indptr + i);
+      if (level.qo_indptr != nullptr) prefetch_l2(level.qo_indptr + i);
     }
   }
+  // Nodes, which a launch before has written down there, too.
+  __device__ __forceinline__ bool writes_first() const { return !levels.nodes_in_shared; }
 
   // See Problem; barriers follow. In global memory, where other CTAs read already, nothing is written but what stays.
   template <typename Request>

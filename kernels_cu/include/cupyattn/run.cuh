@@ -185,13 +185,14 @@ struct RunEnd {
     cp_async_commit();
   }
 
-  // Threads 0 .. kThreads - 1: this CTA's share of the groups that it has only a part of, and what CTAs that have
-  // departed left; `merge_one(share)` does one.
-  template <int kThreads, typename MergeOne>
-  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas, const MergeOne& merge_one) {
+  // The threads that wait at `barrier`, thread 0 among them: this CTA's share of the groups that it has only a part of,
+  // and what CTAs that have departed left; `merge_one(share)` does one.
+  template <typename Barrier, typename MergeOne>
+  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas, Barrier barrier,
+                                        const MergeOne& merge_one) {
     const bool asks = threadIdx.x == 0;
     if (asks) cp_async_wait<0>();
-    sync_threads<kThreads>();  // the counts and the shares are there
+    barrier.wait();  // the counts and the shares are there
     const u64 seen = counts[0];
     const bool all_there = ctas.all_are_there(seen);
     if (__builtin_expect(!all_there, 0)) {
@@ -199,7 +200,7 @@ struct RunEnd {
         num_departed = ctas.end(seen, shared);
         if (num_departed < 0) shared[0].num_sharers = shared[1].num_sharers = 0;
       }
-      sync_threads<kThreads>();  // all know what is to be done
+      barrier.wait();  // all know what is to be done
     } else if (asks) {
       ctas.end();
     }
@@ -209,11 +210,11 @@ struct RunEnd {
         if (shared[i].num_sharers > 1) merge_one(shared[i]);
       }
       if (all_there || num_departed <= 0) return;
-      sync_threads<kThreads>();  // all are done with the shares
+      barrier.wait();  // all are done with the shares
       if (asks && !ctas.take(num_departed, shared)) {
         shared[0].num_sharers = shared[1].num_sharers = num_departed = 0;
       }
-      sync_threads<kThreads>();  // the next ones are there
+      barrier.wait();  // the next ones are there
     }
   }
 };

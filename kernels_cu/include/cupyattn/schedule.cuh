@@ -64,17 +64,21 @@ struct Problem {
     kv_len = max(kv_lens[b], 0);
   }
   __device__ __forceinline__ const int* pages_of(int b) const { return pages.pages_of(b); }
-  // Asks for what begin_run reads first, and for all page ids: `num_table_entries` lie in one piece.
+  // Asks L2 for what begin_run reads first, and for all page ids: `num_table_entries` lie in one piece. Nothing is read,
+  // so the kernel before may still be writing it.
   template <int kThreads>
   __device__ __forceinline__ void prefetch(int num_table_entries) const {
     constexpr int kLine = 32;  // entries of a 128-byte line
     const i64 entry = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
     if (entry < num_table_entries) prefetch_l2(pages.kv_indices + entry);
     if (threadIdx.x < batch_size) {
-      load_early(kv_lens + threadIdx.x);
-      if (pages.kv_indptr != nullptr) load_early(pages.kv_indptr + threadIdx.x);
+      prefetch_l2(kv_lens + threadIdx.x);
+      if (pages.kv_indptr != nullptr) prefetch_l2(pages.kv_indptr + threadIdx.x);
+      if (qo_indptr != nullptr) prefetch_l2(qo_indptr + threadIdx.x);
     }
   }
+  // Whether begin_run writes what the kernel before may still read.
+  __device__ __forceinline__ bool writes_first() const { return false; }
   // Where a query token lies in `q` and `out`.
   __device__ __forceinline__ int row_of(int token) const { return token; }
   // What a cascade writes down of requests b .. end_b - 1 of this thread: each one, with its units; then, where the

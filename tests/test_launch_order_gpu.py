@@ -1,0 +1,124 @@
+"""Kernels start before those in front of them are done (launch.cuh): they wait for whatever these write.
+
+What each operation reads is written at the last moment: by a kernel that lets the next one start at once and then
+takes its time, by a copy after it, or on another stream; launched one by one, and as a graph.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cascade_problems import build_cascade
+from device import capture, new_stream, poison
+from problems import build_mla_problem, build_problem
+
+import cupyattn
+
+_LATE = r"""
+extern "C" __global__ void write_late(char* to, const char* from, long long num_bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  for (const long long begin = clock64(); clock64() - begin < 60000;) {}  // 30 us and more
+  for (long long i = threadIdx.x; i < num_bytes; i += blockDim.x) to[i] = from[i];
+}
+"""
+
+
+def decode_case(gpu, **arguments):
+    p = build_problem([3000, 1, 700, 64], poison=False, xp=gpu, **arguments)
+    out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
+    arrays = {"q": p.q, "pages": p.bases[0], "kv_lens": p.kv_lens, "kv_indices": p.kv_indices}
+    return arrays, (out, lse), lambda: p.call(cupyattn.decode, out=out, lse=lse)
+
+
+def mla_case(gpu, lens, **arguments):
+    p = build_mla_problem(lens, poison=False, xp=gpu, **arguments)
+    out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
+    arrays = {"q": p.q, "pages": p.bases[0], "kv_lens": p.kv_lens, "kv_indices": p.kv_indices}
+    return arrays, (out, lse), lambda: p.call(cupyattn.mla_decode, out=out, lse=lse)
+
+
+def cascade_case(gpu, **arguments):
+    cascade = build_cascade([300, 1, 40], [([3], [2000])], poison=False, xp=gpu, **arguments)
+    p = cascade.problem
+    out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
+    (shared, offsets), (own, _) = cascade.levels.levels
+    arrays = {"q": p.q, "kv_lens": own.kv_lens, "shared lens": shared.kv_lens, "offsets": offsets}
+    return arrays, (out, lse), lambda: cascade.call(out=out, lse=lse)
+
+
+def append_case(gpu):
+    p = build_problem([30, 1, 70], poison=False, xp=gpu)
+    new = {name: gpu.ones((3, 2, p.head_dim), p.q.dtype) for name in ("k", "v")}
+    cache = [gpu.empty_like(a) for a in p.bases]
+    pages = p.replace(bases=tuple(cache)).cache
+    arrays = {**new, "kv_lens": p.kv_lens, "kv_indices": p.kv_indices}
+    return arrays, cache, lambda: cupyattn.append(new["k"], new["v"], pages, p.pages)
+
+
+def merge_case(gpu):
+    rng = np.random.default_rng(0)
+    out = gpu.asarray(rng.standard_normal((4, 50, 2, 64)).astype(np.float16))
+    lse = gpu.asarray(rng.standard_normal((4, 50, 2)).astype(np.float32))
+    into = gpu.empty((50, 2, 64), np.float16), gpu.empty((50, 2), np.float32)
+    return {"out": out, "lse": lse}, into, lambda: cupyattn.merge_states(out, lse, into=into)
+
+
+CASES = {
+    "decode": lambda gpu: decode_case(gpu, group_size=4),
+    "decode, many rows": lambda gpu: decode_case(gpu, group_size=40, head_dim=128),
+    "mla_decode": lambda gpu: mla_case(gpu, [3000, 1, 700], num_heads=16),
+    "mla_decode, pairs": lambda gpu: mla_case(gpu, [40_000, 1000], num_heads=128),
+    "cascade_decode": cascade_case,
+    "cascade_decode, MLA": lambda gpu: cascade_case(gpu, mla=True, num_heads=16),
+    "append": append_case,
+    "merge_states": merge_case,
+}
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("way", ["kernel", "copy", "other stream"])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_read_before_it_is_written(gpu, case, way, in_graph):
+    arrays, results, call = CASES[case](gpu)
+    for result in results:
+        poison(result)
+    call()
+    wanted = [result.get().tobytes() for result in results]
+    late = gpu.RawKernel(_LATE, "write_late")
+    stream, other = new_stream(gpu), new_stream(gpu)
+    forked, joined = (gpu.cuda.Event(disable_timing=True) for _ in range(2))
+    for name, array in arrays.items():
+        assert array.flags.c_contiguous, name
+        right, staging = array.copy(), gpu.empty_like(array)
+
+        def step(array=array, right=right, staging=staging):
+            array.data.memset_async(0, array.nbytes)  # wrong, but nothing that a kernel could not read
+            if way == "other stream":
+                forked.record(stream)
+                other.wait_event(forked)
+                with other:
+                    late((1,), (256,), (array, right, np.int64(array.nbytes)))
+                    joined.record(other)
+                for result in results:
+                    poison(result)
+                stream.wait_event(joined)
+            else:
+                for result in results:
+                    poison(result)
+                target = array if way == "kernel" else staging
+                late((1,), (256,), (target, right, np.int64(array.nbytes)))
+                if way == "copy":
+                    array.data.copy_from_device_async(staging.data, array.nbytes)
+            call()
+
+        with stream:
+            step()  # loads the kernels, and allocates what a capture must not
+        gpu.cuda.Device().synchronize()
+        run = capture(gpu, stream, step) if in_graph else step
+        for i in range(3):
+            with stream:
+                run()
+            stream.synchronize()
+            assert [result.get().tobytes() for result in results] == wanted, (name, i)
