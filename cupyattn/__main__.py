@@ -23,7 +23,7 @@ from . import __version__
 from .cascade import level_sizes
 from .checks import check_divisible
 from .draw import draw_levels
-from .kernels import DECODE_HEAD_DIMS, DecodeConfig, cascade_config, decode_config
+from .kernels import DECODE_HEAD_DIMS, DecodeConfig, cascade_config, choose_num_parts, decode_config
 from .prefix import CascadeCost, PrefixTree
 from .runtime import (
     CI_ARCHS,
@@ -201,22 +201,24 @@ def _schedule(args: argparse.Namespace) -> int:
     if args.fixed_split_size is None:
         num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
     config = _decode_config(args, num_tiles)
+    num_kv_heads, max_ctas = args.num_kv_heads // config.heads, config.ctas_per_sm * args.num_sms
     segments = decode_schedule(
         args.lens,
-        num_kv_heads=args.num_kv_heads // config.heads,
+        num_kv_heads=num_kv_heads,
         group_size=group_size * config.heads,
         tile_kv=config.tile_kv,
         tile_q=config.tile_q,
-        max_ctas=config.ctas_per_sm * args.num_sms,
+        max_ctas=max_ctas,
         window_left=args.window_left,
         fixed_split_size=args.fixed_split_size,
+        num_parts=choose_num_parts(num_kv_heads, num_tiles or 0, max_ctas, args.num_sms),
     )
     if args.out is not None:
         title = f"{len(args.lens)} requests, {sum(args.lens)} tokens, {_sizes(args)}"
         if args.fixed_split_size is not None:
             title += f", splits of {args.fixed_split_size}"
         return _draw(args.out, lambda: draw_schedule(segments, args.out, title=title))
-    print(_table(_schedule_rows(segments, config.ctas_per_sm * args.num_sms)))
+    print(_table(_schedule_rows(segments, max_ctas)))
     return 0
 
 
@@ -235,7 +237,11 @@ def _cascade(args: argparse.Namespace) -> int:
         num_tiles = args.num_kv_heads * sizes[0][0]
         config = _decode_config(args, num_tiles)
         overhead = 0
+        parts = choose_num_parts(
+            args.num_kv_heads // config.heads, num_tiles, config.ctas_per_sm * args.num_sms, args.num_sms
+        )
     else:
+        parts = 1
         config = cascade_config(args.arch, args.head_dim, sizes)
         num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
         overhead = choose_group_overhead(config.group_overhead, num_tiles, config.ctas_per_sm * args.num_sms)
@@ -247,6 +253,7 @@ def _cascade(args: argparse.Namespace) -> int:
         tile_q=config.tile_q,
         max_ctas=config.ctas_per_sm * args.num_sms,
         group_overhead=overhead,
+        num_parts=parts,
     )
     num_tokens = sum(kv_len for kv_len, _ in requests)
     shared = [(qo_indptr, pages.kv_lens.tolist()) for pages, qo_indptr in levels.levels[:-1]]

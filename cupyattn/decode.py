@@ -230,26 +230,31 @@ class DecodePlan(AttentionPlan):
                 properties.arch, head_dim, rows, num_tiles, properties.num_sms, single and has_pairs(cache)
             )
             template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
+            num_kv_heads = cache.num_kv_heads // config.heads
+            num_ctas = config.ctas_per_sm * properties.num_sms
+            num_parts = kernels.choose_num_parts(num_kv_heads, num_tiles or 0, num_ctas, properties.num_sms)
             self.runs = Runs(
                 "decode", get_kernel("decode", *template, device=self.device), config,
                 config.shared_bytes(head_dim), head_dim, num_rows=num_tokens * group_size * config.heads,
-                single=single, num_kv_heads=cache.num_kv_heads // config.heads, page_size=cache.page_size,
-                pages=pages, fixed_split_size=size,
+                single=single, num_kv_heads=num_kv_heads, page_size=cache.page_size, pages=pages,
+                fixed_split_size=size, multiple=num_parts,
             )  # fmt: skip
-            self.runs.fix(*self._arguments(q, cache, out, lse, batch_size, config.heads))
+            self.runs.fix(*self._arguments(q, cache, out, lse, batch_size, config.heads, num_parts))
 
     def _arguments(
-        self, q: Any, cache: PagedKVCache, out: Any, lse: Any, batch_size: int, heads: int = 1
-    ) -> tuple[int, ...]:
+        self, q: Any, cache: PagedKVCache, out: Any, lse: Any, batch_size: int, heads: int = 1,
+        num_parts: int = 1,
+    ) -> tuple[int, ...]:  # fmt: skip
         """Return the kernel's arguments that no table decides, but for `batch_size`.
 
-        With `heads` of 2, a KV head is a pair of the cache's.
+        With `heads` of 2, a KV head is a pair of the cache's. `num_parts` is a power of two.
         """
         num_kv_heads = cache.num_kv_heads // heads
         k_strides, v_strides = ((*a[:2], heads * a[2]) for a in (cache.k_strides, cache.v_strides))
         return (
             *checks.element_strides(q)[:2], *k_strides, *v_strides, *self._output_strides(out, lse), batch_size,
-            num_kv_heads, *kernels.divisor(q.shape[1] // num_kv_heads), *kernels.divisor(cache.page_size),
+            num_kv_heads // num_parts, num_parts.bit_length() - 1,
+            *kernels.divisor(q.shape[1] // num_kv_heads), *kernels.divisor(cache.page_size),
         )  # fmt: skip
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:

@@ -27,6 +27,8 @@ _STATIC_SHARED_BYTES = 2 * _KiB  # at most: what decode.cu and mla.cu declare wi
 #: Tiles of 64 keys and a KV head, for each SM, from which on pairs of heads are worked on. Of fewer, units of twice the
 #: bytes would be dealt out less evenly.
 _PAIR_TILES_PER_SM = 8
+#: The same, from which on KV heads come in parts.
+_PART_TILES_PER_SM = 16
 #: The same, up to which tiles have 16 query rows instead of 32.
 _HALVED_TILES_PER_SM = 20
 
@@ -138,6 +140,18 @@ def decode_config(
     raise ValueError(
         f"decode: head_dim = {head_dim} does not fit into {per_sm} bytes of shared memory ({arch})"
     )
+
+
+def choose_num_parts(num_kv_heads: int, num_tiles: int, num_ctas: int, num_sms: int) -> int:
+    """Choose how many parts the KV heads are cut into, which CTAs walk side by side, as many through each.
+
+    So the rows of several heads, which lie next to each other, are read at about the same time, and DRAM is faster by
+    1%. Any power of two that divides `num_kv_heads` and `num_ctas` is right. Two heads gain nothing, nor do fewer
+    `num_tiles` (of 64 keys, of all heads), most of which are read at once anyway.
+    """
+    if num_tiles < _PART_TILES_PER_SM * num_sms:
+        return 1
+    return next(parts for parts in (8, 4, 1) if num_kv_heads % parts == num_ctas % parts == 0)
 
 
 def _pair_config(arch: str, head_dim: int) -> DecodeConfig | None:
@@ -442,7 +456,7 @@ DECODE = register_kernel(
             i64="q_stride_token q_stride_head k_stride_page k_stride_token k_stride_head "
             "v_stride_page v_stride_token v_stride_head out_stride_token out_stride_head "
             "lse_stride_token lse_stride_head",
-            i32="batch_size num_kv_heads group_size",
+            i32="batch_size num_kv_heads part_shift group_size",
             u32="group_multiplier",
             i32_="group_shift page_size",
             u32_="page_multiplier",

@@ -74,6 +74,8 @@ class Runs:
     fixed_split_size : int or None
     cluster : int
         CTAs of a cluster.
+    multiple : int
+        What the number of CTAs must be a multiple of.
 
     Attributes
     ----------
@@ -91,7 +93,7 @@ class Runs:
     def __init__(
         self, caller: str, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, *, num_rows: int,
         single: bool, num_kv_heads: int, page_size: int, pages: PageTable, fixed_split_size: int | None,
-        cluster: int = 1,
+        cluster: int = 1, multiple: int = 1,
     ) -> None:  # fmt: skip
         num_units = num_kv_heads * max_units(
             fixed_split_size or tiles.tile_kv, num_rows, single, tiles.tile_q, page_size, pages
@@ -104,21 +106,24 @@ class Runs:
                     f"{caller}: fixed_split_size = {fixed_split_size} makes up to {num_slots} splits of what the "
                     f"page table has room for, more than {_MAX_SLOTS}"
                 )
-        self._size(kernel, tiles, shared_bytes, head_dim, num_units, num_slots, cluster=cluster)
+        self._size(
+            kernel, tiles, shared_bytes, head_dim, num_units, num_slots, cluster=cluster,
+            multiple=max(cluster, multiple),
+        )  # fmt: skip
         split_shift = ((fixed_split_size or 0) // tiles.tile_kv).bit_length() - 1 if num_slots else 0
         table_row_stride, num_table_entries = table_arguments(pages)
         self._table_arguments = (table_row_stride, num_table_entries, split_shift, num_slots or 0)
 
     def _size(
         self, kernel: Kernel, tiles: Tiles, shared_bytes: int, head_dim: int, num_units: int,
-        num_slots: int | None, num_homes: int = 0, cluster: int = 1,
+        num_slots: int | None, num_homes: int = 0, cluster: int = 1, multiple: int = 1,
     ) -> None:  # fmt: skip
         """Set grid and workspace for up to so many units, with two slots a CTA by default, and homes of one row."""
         self._kernel = kernel
         # CTAs without work only delay the next launch.
         per_sm = kernel.max_active_blocks(tiles.num_threads, shared_bytes)
         most_ctas = min(per_sm * device_properties(kernel.device).num_sms, _MAX_CTAS)
-        num_ctas = max(min(most_ctas, num_units) // cluster * cluster, cluster)
+        num_ctas = max(min(most_ctas, num_units) // multiple * multiple, multiple)
         self._num_ctas = num_ctas
         if num_slots is None:
             num_slots = 2 * num_ctas

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,7 @@ def decode_schedule(
     window_left: int = -1,
     fixed_split_size: int | None = None,
     group_overhead: int = 0,
+    num_parts: int = 1,
 ) -> list[Segment]:
     """Say which CTA of a decode step reads which keys.
 
@@ -211,12 +212,15 @@ def decode_schedule(
         depend on its neighbours, nor on `max_ctas`. By default cuts are where runs end.
     group_overhead : int
         Tiles that a group counts for besides its own, see `choose_group_overhead`; only without fixed splits.
+    num_parts : int
+        Parts of the KV heads, each of which has a line and an equal share of the CTAs for itself, every `num_parts`-th;
+        only without fixed splits.
 
     Returns
     -------
     list of Segment
         In the order of the line: by request, then KV head, then query tile, then key; so also by CTA. With
-        `fixed_split_size` each is one split, and its index is that of its partial state.
+        `fixed_split_size` each is one split, and its index is that of its partial state. With parts, line by line.
 
     Raises
     ------
@@ -224,8 +228,9 @@ def decode_schedule(
         A count or a length is no integer.
     ValueError
         A count is not positive, a length or `group_overhead` is negative, `window_left` is less than -1,
-        `fixed_split_size` is not `tile_kv` times a power of two or comes with `group_overhead`, `kv_lens` or
-        `qo_lens` is not a vector, they differ in size, or the line has more than 2^31 - 1 tiles (or fixed splits).
+        `fixed_split_size` is not `tile_kv` times a power of two or comes with `group_overhead` or `num_parts`,
+        `num_parts` does not divide `num_kv_heads` and `max_ctas`, `kv_lens` or `qo_lens` is not a vector, they differ
+        in size, or the line has more than 2^31 - 1 tiles (or fixed splits).
 
     Examples
     --------
@@ -246,7 +251,7 @@ def decode_schedule(
     1 1 0 10 True
     """
     counts = {"num_kv_heads": num_kv_heads, "group_size": group_size, "tile_q": tile_q}
-    for name, count in {**counts, "tile_kv": tile_kv, "max_ctas": max_ctas}.items():
+    for name, count in {**counts, "tile_kv": tile_kv, "max_ctas": max_ctas, "num_parts": num_parts}.items():
         if operator.index(count) <= 0:
             raise ValueError(f"decode_schedule: {name} must be positive, got {count}")
     if operator.index(window_left) < -1:
@@ -262,6 +267,22 @@ def decode_schedule(
         raise ValueError(
             f"decode_schedule: group_overhead must be 0 or more, and 0 with fixed splits, got {group_overhead}"
         )
+    if num_kv_heads % num_parts or max_ctas % num_parts or (fixed_splits and num_parts > 1):
+        raise ValueError(
+            f"decode_schedule: num_parts must divide num_kv_heads and max_ctas, and be 1 with fixed splits, got "
+            f"{num_parts} with {num_kv_heads} and {max_ctas}"
+        )
+    if num_parts > 1:
+        num_heads = num_kv_heads // num_parts
+        line = decode_schedule(
+            kv_lens, num_kv_heads=num_heads, group_size=group_size, tile_kv=tile_kv, tile_q=tile_q,
+            max_ctas=max_ctas // num_parts, qo_lens=qo_lens, window_left=window_left, group_overhead=group_overhead,
+        )  # fmt: skip
+        return [
+            replace(s, cta=s.cta * num_parts + part, kv_head=part * num_heads + s.kv_head)
+            for part in range(num_parts)
+            for s in line
+        ]
     all_kv_lens = _lengths("kv_lens", kv_lens)
     all_qo_lens = [1] * len(all_kv_lens) if qo_lens is None else _lengths("qo_lens", qo_lens)
     if len(all_qo_lens) != len(all_kv_lens):
@@ -310,14 +331,15 @@ def cascade_schedule(
     max_ctas: int,
     window_left: int = -1,
     group_overhead: int = 0,
+    num_parts: int = 1,
 ) -> list[Segment]:
     """Say which CTA of a cascade reads which keys: on its line, the groups of all levels are the requests.
 
     Parameters
     ----------
     levels : CascadeLevels
-    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left, group_overhead
-        As for `decode_schedule`.
+    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left, group_overhead, num_parts
+        As for `decode_schedule`. With several levels, kernels know no parts.
 
     Returns
     -------
@@ -354,6 +376,7 @@ def cascade_schedule(
     return decode_schedule(
         np.concatenate(kv_lens), qo_lens=np.concatenate(qo_lens), num_kv_heads=num_kv_heads, group_size=group_size,
         tile_kv=tile_kv, tile_q=tile_q, max_ctas=max_ctas, window_left=window_left, group_overhead=group_overhead,
+        num_parts=num_parts,
     )  # fmt: skip
 
 

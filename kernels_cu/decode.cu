@@ -16,6 +16,9 @@
 // With Levels, requests are the groups of all levels of a cascade (cascade.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
 //
+// KV heads may come in parts (part_shift), each with a line and every so many-th CTA for itself: the rows of neighbouring
+// heads, which lie side by side in memory, are then read at about the same time, and DRAM is faster by 1%.
+//
 // With kHeads == 2, a KV head of all this is a *pair* of neighbours, whose rows of keys lie side by side and are copied
 // as one: DRAM reads 256 bytes in a piece faster than 128. The host counts in pairs: num_kv_heads, head strides, and a
 // group_size of 2 * g query heads. In products each head keeps to itself, or a NaN would spread: it has a block of 8
@@ -59,7 +62,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   i64 v_stride_page, i64 v_stride_token, i64 v_stride_head,
                   i64 out_stride_token, i64 out_stride_head,
                   i64 lse_stride_token, i64 lse_stride_head,
-                  int batch_size, int num_kv_heads,
+                  int batch_size,
+                  int num_kv_heads,                     // of a part of them
+                  int part_shift,                       // log2 of the number of parts
                   int group_size, u32 group_multiplier, int group_shift,  // Divisor
                   int page_size, u32 page_multiplier, int page_shift,     // Divisor
                   int table_row_stride,
@@ -160,8 +165,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   // What does not depend on the lengths is computed while they are on their way.
   // Threads 0 .. kTileKV - 1 find K rows, the next kTileKV V rows.
   const bool finds_v = tid / kTileKV == 1;
+  const int parts_log2 = kIsCascade || kFixedSplits ? 0 : part_shift;
+  const int part = blockIdx.x & (1 << parts_log2) - 1;
+  const int first_head = part * num_kv_heads;
   PageStrides strides = finds_v ? v_strides : k_strides;
-  const T* pages_begin = finds_v ? v_pages : k_pages;
+  const T* pages_begin = (finds_v ? v_pages : k_pages) + first_head * strides.head;
   // Where this lane's ldmatrix rows begin, from the beginning of a tile on.
   u32 q_offset =
       QueryLayout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
@@ -175,7 +183,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs kStages - 1 tiles ahead of the tile in use
   Partition partition;
-  if (!begin_run<kThreads>(problem, load, partition)) {
+  if (!begin_run<kThreads>(problem, load, partition, false, blockIdx.x >> parts_log2,
+                           gridDim.x >> parts_log2)) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
   }
@@ -273,7 +282,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       const int row = row_of_slot(slot);
       const bool exists = row < num_rows;
       const int token = group.divide(first_row + row);
-      const int head = load.kv_head * group_size + group.modulo(first_row + row, token);
+      const int head = (first_head + load.kv_head) * group_size + group.modulo(first_row + row, token);
       const T* source = exists ? q + problem.row_of(load.request.qo_begin + token) * q_stride_token +
                                      head * q_stride_head + chunk * 8
                                : q;
@@ -335,7 +344,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
   if (reads_early) launch_dependents();
-  const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
+  const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas << parts_log2)};
   if (tid == 0) ctas.start();
   clear();
   bool begins_segment = true;
@@ -361,8 +370,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       copy_tile(load_stage, slot);
       const bool ends_segment = load.ends_segment(problem);
       if (tid == 0) {
-        smem_tiles[load_stage] = TileInfo::of<partials.kRowLines>(load, problem, partition, begins_segment,
-                                                                  ends_segment, q_buffer);
+        TileInfo& tile = smem_tiles[load_stage];
+        tile = TileInfo::of<partials.kRowLines>(load, problem, partition, begins_segment, ends_segment,
+                                                q_buffer);
+        tile.enter_part(first_head, 2 * part * partition.num_ctas, kTileQ);
       }
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kStages) q_buffer = 0;

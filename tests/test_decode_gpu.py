@@ -296,6 +296,49 @@ def test_offsets_beyond_32_bits(gpu, layout):
         del base, touched, far
 
 
+# -- parts of the KV heads --
+
+PARTS_ROOM = 64 * kernels._PART_TILES_PER_SM * 160  # tokens of a KV head that are many for any GPU
+
+
+def assert_parts(problem, num_parts):
+    """On a GPU: so many parts are chosen."""
+    if problem.xp is np:
+        return
+    operands = problem.q, problem.cache, problem.qo_indptr, problem.pages, None, None, None
+    launcher = sys.modules["cupyattn.decode"]._plans.make(operands, (None,)).runs._launchers[0]
+    (field,) = (field for field in launcher.fixed_layout.fields if field.name == "part_shift")
+    part_shift = int.from_bytes(launcher.fixed_args[field.offset : field.offset + 4], "little")
+    assert 1 << part_shift == num_parts
+    assert launcher.grid[0] % num_parts == 0
+
+
+@pytest.mark.parametrize(("num_kv_heads", "num_parts"), [(4, 4), (8, 8), (12, 4), (32, 8)])
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 1), (128, 8), (96, 16), (256, 3), (128, 40)])
+def test_parts_of_kv_heads(xp, head_dim, group_size, num_kv_heads, num_parts):
+    kv_lens = size(xp, [0, 1, 63, 64, 65, 700, 8000, 301], [0, 1, 65])
+    qo_lens = [1, 3, 0, 2, 1, 9, 2, 1][: len(kv_lens)]
+    for i, lens in enumerate((None, qo_lens)):
+        problem = build_problem(
+            kv_lens, qo_lens=lens, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim,
+            spare_entries=size(xp, PARTS_ROOM // (16 * num_kv_heads), 1), window_left=(-1, 300)[i],
+            layout=("NHD", "HND")[i], dtype=DTYPES[i], seed=i, xp=xp,
+        )  # fmt: skip
+        assert_parts(problem, num_parts)
+        check(problem, (head_dim, group_size, num_kv_heads, i))
+
+
+@pytest.mark.gpu
+def test_parts_where_another_kernel_holds_the_sms(gpu):
+    """A CTA may merge what one of another part has left."""
+    problem = build_problem(
+        [20_000, 3000, 0, 700], num_kv_heads=8, group_size=8, head_dim=128, spare_entries=PARTS_ROOM // 128,
+        xp=gpu,
+    )  # fmt: skip
+    assert_parts(problem, 8)
+    check_where_another_kernel_holds_the_sms(gpu, problem, None)
+
+
 # -- tiles of two neighbouring KV heads --
 
 ROOM = 64 * kernels._PAIR_TILES_PER_SM * 160  # tokens of two KV heads that are many for any GPU
@@ -546,6 +589,7 @@ GRAPHS = {
     "ragged": {"dense": False, "ragged": True, "head_dim": 128, "group_size": 4},
     "window": {"dense": True, "ragged": True, "head_dim": 256, "group_size": 8, "window_left": 200},
     "fixed": {"dense": False, "ragged": True, "head_dim": 128, "group_size": 4, "fixed_split_size": 512},
+    "parts": {"dense": True, "ragged": True, "head_dim": 128, "group_size": 4, "num_kv_heads": 8},
 }
 
 

@@ -98,18 +98,21 @@ def test_which_caches_have_pairs(arguments, expected):
 
 
 @pytest.mark.parametrize(
-    ("changes", "heads"),
+    ("changes", "heads", "num_parts"),
     [
-        ({}, 2),
-        ({"layout": "HND"}, 1),
-        ({"num_kv_heads": 3}, 1),
-        ({"group_size": 9}, 1),
-        ({"head_dim": 128}, 1),
-        ({"qo_lens": [1, 1]}, 1),
-        ({"spare_entries": 1}, 1),
+        ({}, 2, 1),
+        ({"num_kv_heads": 16}, 2, 8),
+        ({"layout": "HND"}, 1, 4),
+        ({"num_kv_heads": 3}, 1, 1),
+        ({"group_size": 9}, 1, 4),
+        ({"head_dim": 128}, 1, 4),
+        ({"head_dim": 128, "num_kv_heads": 2}, 1, 1),
+        ({"head_dim": 128, "num_kv_heads": 8}, 1, 8),
+        ({"qo_lens": [1, 1]}, 1, 4),
+        ({"spare_entries": 1}, 1, 1),
     ],
 )
-def test_a_plan_passes_pairs_as_kv_heads(monkeypatch, changes, heads):
+def test_a_plan_passes_pairs_and_parts_of_kv_heads(monkeypatch, changes, heads, num_parts):
     problem = build_problem([40, 3], **({"num_kv_heads": 4, "spare_entries": 20_000} | changes))
     found = {}
 
@@ -135,11 +138,21 @@ def test_a_plan_passes_pairs_as_kv_heads(monkeypatch, changes, heads):
     assert found["num_rows"] == 2 * group_size * heads
     names = [name for name, kind in kernels.DECODE.args if kind != "ptr"]
     arguments = dict(zip(names, found["arguments"], strict=False))
-    assert arguments["num_kv_heads"] == num_kv_heads
+    assert arguments["num_kv_heads"] << arguments["part_shift"] == num_kv_heads
+    assert found["multiple"] == 1 << arguments["part_shift"] == num_parts
     assert arguments["group_size"] == group_size * heads
     for kv, strides in (("k", problem.cache.k_strides), ("v", problem.cache.v_strides)):
         in_memory = tuple(arguments[f"{kv}_stride_{axis}"] for axis in ("page", "token", "head"))
         assert in_memory == (*strides[:2], heads * strides[2])
+
+
+def test_parts_of_kv_heads():
+    many = 16 * 132
+    found = {heads: kernels.choose_num_parts(heads, many, 264, 132) for heads in (1, 2, 4, 6, 8, 12, 32, 40)}
+    assert found == {1: 1, 2: 1, 4: 4, 6: 1, 8: 8, 12: 4, 32: 8, 40: 8}
+    assert kernels.choose_num_parts(8, many - 1, 264, 132) == 1
+    assert kernels.choose_num_parts(8, many, 3 * 132, 132) == 4  # 396 CTAs are no eight equal shares
+    assert kernels.choose_num_parts(8, many, 33, 132) == 1
 
 
 @pytest.mark.parametrize("arch", CI_ARCHS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,30 @@ def test_groups_that_count_for_more_than_their_tiles(problem: dict[str, Any], ov
         weights = [num_units(first, tile_kv)]
         weights += [num_units(s, tile_kv) + overhead * (s is first_parts[s.group]) for s in others]
         assert sum(weights) <= quota
+
+
+@given(problems(), st.integers(1, 3), st.integers(1, 8), st.sampled_from([2, 4, 8]))
+def test_parts_are_lines_of_their_own(problem: dict[str, Any], heads: int, ctas: int, num_parts: int) -> None:
+    """Each has its heads, in runs as those of a smaller model, by the CTAs whose number has its remainder."""
+    problem["fixed_split_size"] = None
+    whole = problem | {"num_kv_heads": heads * num_parts, "max_ctas": ctas * num_parts}
+    segments = decode_schedule(**whole, num_parts=num_parts)
+    alone = decode_schedule(**(problem | {"num_kv_heads": heads, "max_ctas": ctas}))
+    for part in range(num_parts):
+        own = [s for s in segments if s.kv_head // heads == part]
+        assert {s.cta % num_parts for s in own} <= {part}
+        moved = [replace(s, cta=s.cta // num_parts, kv_head=s.kv_head % heads) for s in own]
+        assert moved == alone
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_kv_heads": 6}, {"max_ctas": 10}, {"num_parts": 0}, {"fixed_split_size": 64}]
+)
+def test_parts_that_cannot_be(changes: dict[str, int]) -> None:
+    good = SIZES | {"num_kv_heads": 8, "max_ctas": 12, "num_parts": 4}
+    assert len(decode_schedule([64], **good)) == 8
+    with pytest.raises(ValueError, match="num_parts must"):
+        decode_schedule([64], **(good | changes))
 
 
 def test_short_groups_weigh_as_much_as_a_long_one() -> None:

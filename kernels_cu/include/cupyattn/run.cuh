@@ -70,6 +70,13 @@ struct alignas(16) TileInfo {
     return tile;
   }
 
+  // Where each part of the KV heads has a line of its own: from numbers in the part to those of all.
+  __device__ __forceinline__ void enter_part(int first_head, int first_slot, int tile_q) {
+    kv_head += first_head;
+    group.first += first_slot;
+    state_row += first_slot * tile_q;
+  }
+
   // Rows of its query tile that exist.
   template <int kTileQ>
   __device__ __forceinline__ int num_rows(const Divisor& group_size) const {
