@@ -70,7 +70,7 @@ def cascade_decode(
         every level has 4 bytes for each element of `out`, behind the rest. So does MLA with more than 16 query rows a
         group. `cascade_workspace_bytes` says how much.
     pdl : bool
-        Programmatic dependent launch, as for `decode`: the kernel before must not write any array of `levels`.
+        As for `decode`: all arrays of `levels` are read early, so the kernel before must not write any.
     validate : bool
         Check the values of all tables, lengths, offsets and indices, which needs a copy to the host and waits for it.
 

@@ -69,10 +69,12 @@ def decode(
         From `decode_workspace`. By default each stream has one, made at the first call. Launches that may
         overlap in time need one each: pass your own if a captured graph is replayed on another stream.
     pdl : bool
-        Programmatic dependent launch: the kernel may start while the one before it on the stream is still
-        finishing. The caller promises that that kernel, the immediately preceding one, does not write `kv_lens`,
-        `kv_indptr`, `kv_indices` or `qo_indptr`. It may write `q` and the cache: those are read when it has
-        finished. No effect on NumPy, which has no stream.
+        Every launch may start while the kernel before it on the stream is still finishing (programmatic dependent
+        launch, from compute capability 9.0 on), and reads when that one has finished. With `pdl`, `kv_lens`,
+        `kv_indptr`, `kv_indices` and `qo_indptr` are read before: the caller promises that the immediately
+        preceding kernel does not write them. It may write `q` and the cache. (If that is a kernel of yours that
+        starts early itself, it must wait for the one before it: ours take it that all before has finished with it.)
+        No effect on NumPy, which has no stream.
     fixed_split_size : int, optional
         Batch-invariant mode: keys are cut every so many tokens (a power of two, at least 64; 2048 is a good
         one), whoever shares the batch, so that a request's result does not depend on its neighbours, bitwise. By

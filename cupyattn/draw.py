@@ -94,16 +94,19 @@ def _draw_groups(axes: Any, levels: CascadeLevels, colours: Sequence[Any]) -> No
 
 
 def _draw_line(axes: Any, segments: Sequence[Segment], colours: Any) -> None:
-    """Draw a box for all that is read of a group, and a tick where each CTA's run begins."""
-    boxes: dict[int, tuple[int, int]] = {}
+    """Draw a box for all that is read of a group in a part of the line, and a tick where each CTA's run begins."""
+    boxes: list[tuple[int, int]] = []
+    requests: list[int] = []
     starts: dict[int, int] = {}
     end = 0
-    for s in segments:
-        begin, width = boxes.get(s.request, (end, 0))
-        boxes[s.request] = begin, width + s.num_tokens
-        starts.setdefault(s.cta, end)
-        end += s.num_tokens
-    _draw_boxes(axes, list(boxes.values()), 0, colours[list(boxes)])
+    for request, group in itertools.groupby(segments, lambda s: s.request):
+        begin = end
+        for s in group:
+            starts.setdefault(s.cta, end)
+            end += s.num_tokens
+        boxes.append((begin, end - begin))
+        requests.append(request)
+    _draw_boxes(axes, boxes, 0, colours[requests])
     # One path, with gaps: 264 of their own would be half of the file.
     ticks = [(x, y) for x in starts.values() for y in (0.9, 1.15, np.nan)]
     axes.plot(*zip(*ticks, strict=True), color="black", linewidth=0.5)

@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     decode_kernel(const T* __restrict__ q,              // [num_tokens, num_qo_heads, head_dim], strided
                   const T* __restrict__ k_pages,        // paged, PageStrides
                   const T* __restrict__ v_pages,        // paged, PageStrides
-                  const int* __restrict__ qo_indptr,    // [batch_size + 1] or null
-                  const int* __restrict__ kv_indptr,    // [batch_size + 1] or null
-                  const int* __restrict__ kv_indices,   // page ids
-                  const int* __restrict__ kv_lens,      // [batch_size]
+                  const int* qo_indptr,                 // [batch_size + 1] or null
+                  const int* kv_indptr,                 // [batch_size + 1] or null
+                  const int* kv_indices,                // page ids
+                  const int* kv_lens,                   // [batch_size]
                   T* __restrict__ out,                  // as q
                   float* __restrict__ lse,              // [num_tokens, num_qo_heads] or null, natural log
                   float* partial_out,                   // [num_slots, kTileQ, head_dim], see Partials

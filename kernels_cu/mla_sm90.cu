@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(384, 1)
                     const T* __restrict__ q_kpe,        // [num_tokens, num_qo_heads, 64], strided
                     const T* __restrict__ ckv_pages,    // [num_pages, page_size, 512], strided
                     const T* __restrict__ kpe_pages,    // [num_pages, page_size, 64], strided
-                    const int* __restrict__ qo_indptr,  // [batch_size + 1] or null
-                    const int* __restrict__ kv_indptr,  // [batch_size + 1] or null
-                    const int* __restrict__ kv_indices, // page ids
-                    const int* __restrict__ kv_lens,    // [batch_size]
+                    const int* qo_indptr,               // [batch_size + 1] or null
+                    const int* kv_indptr,               // [batch_size + 1] or null
+                    const int* kv_indices,              // page ids
+                    const int* kv_lens,                 // [batch_size]
                     T* __restrict__ out,                // as q_ckv
                     float* __restrict__ lse,            // [num_tokens, num_qo_heads] or null, natural log
                     float* partial_out,                 // [num_slots, kTileQ, 512], see Partials, PackedPartials

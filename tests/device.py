@@ -444,7 +444,7 @@ def replay_often(
 
 
 def replay_pairs(xp: ModuleType, changing: Changing, times: int, num_states: int) -> None:
-    """Replay two launches `times` times, the second of which starts while the first is finishing (`pdl`).
+    """Replay two launches `times` times, the second of which reads tables while the first is finishing (`pdl`).
 
     Before each replay one of `num_states` states is put into the arrays; both results are compared on the device.
     """

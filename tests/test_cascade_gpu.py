@@ -543,7 +543,7 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace):
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_hundreds_of_replays(xp, pools, kind, record_property):
-    """Of two launches each, the second of which starts while the first is finishing (`pdl`)."""
+    """Of two launches each, the second of which reads tables while the first is finishing (`pdl`)."""
     changing = changing_cascade(xp, pools, kind, "float16")
     arrays, states = changing.arrays(), []
     for _ in range(size(xp, 10, 3)):

@@ -301,16 +301,17 @@ def test_offsets_beyond_32_bits(gpu, layout):
 PARTS_ROOM = 64 * kernels._PART_TILES_PER_SM * 160  # tokens of a KV head that are many for any GPU
 
 
-def assert_parts(problem, num_parts):
-    """On a GPU: so many parts are chosen."""
+def assert_parts(problem, most):
+    """On a GPU: as many parts are chosen as its CTAs can be dealt out to, and on an H100 with two an SM the most."""
     if problem.xp is np:
         return
     operands = problem.q, problem.cache, problem.qo_indptr, problem.pages, None, None, None
     launcher = sys.modules["cupyattn.decode"]._plans.make(operands, (None,)).runs._launchers[0]
     (field,) = (field for field in launcher.fixed_layout.fields if field.name == "part_shift")
     part_shift = int.from_bytes(launcher.fixed_args[field.offset : field.offset + 4], "little")
-    assert 1 << part_shift == num_parts
-    assert launcher.grid[0] % num_parts == 0
+    num_ctas = launcher.grid[0]
+    assert 1 << part_shift == next(n for n in (8, 4, 1) if problem.num_kv_heads % n == num_ctas % n == 0)
+    assert 1 << part_shift == most or num_ctas != 264
 
 
 @pytest.mark.parametrize(("num_kv_heads", "num_parts"), [(4, 4), (8, 8), (12, 4), (32, 8)])
@@ -335,7 +336,7 @@ def test_parts_where_another_kernel_holds_the_sms(gpu):
         [20_000, 3000, 0, 700], num_kv_heads=8, group_size=8, head_dim=128, spare_entries=PARTS_ROOM // 128,
         xp=gpu,
     )  # fmt: skip
-    assert_parts(problem, 8)
+    assert_parts(problem, 8)  # or fewer on other devices
     check_where_another_kernel_holds_the_sms(gpu, problem, None)
 
 
@@ -611,7 +612,7 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace, mode):
 
 @pytest.mark.parametrize("kind", ["csr", "ragged", "fixed"])
 def test_ten_thousand_replays(xp, pools, kind, record_property):
-    """Of two launches each, the second of which starts while the first is finishing (`pdl`)."""
+    """Of two launches each, the second of which reads tables while the first is finishing (`pdl`)."""
     changing = Changing(xp, pools(xp, "bfloat16"), **GRAPHS[kind])
     times = size(xp, 5000, 20)
     replay_pairs(xp, changing, times, num_states=size(xp, 50, 5))

@@ -1,7 +1,8 @@
 """Kernels start before those in front of them are done (launch.cuh): they wait for whatever these write.
 
 What each operation reads is written at the last moment: by a kernel that lets the next one start at once and then
-takes its time, by a copy after it, or on another stream; launched one by one, and as a graph.
+takes its time, by a copy after it, or on another stream; launched one by one, and as a graph. Before, there are numbers
+that make no sense, and some that could be true.
 """
 
 from __future__ import annotations
@@ -25,27 +26,32 @@ extern "C" __global__ void write_late(char* to, const char* from, long long num_
 """
 
 
+def tables_of(p):
+    arrays = {name: getattr(p, name) for name in ("kv_lens", "kv_indptr", "kv_indices", "qo_indptr")}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
 def decode_case(gpu, **arguments):
     p = build_problem([3000, 1, 700, 64], poison=False, xp=gpu, **arguments)
     out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
-    arrays = {"q": p.q, "pages": p.bases[0], "kv_lens": p.kv_lens, "kv_indices": p.kv_indices}
-    return arrays, (out, lse), lambda: p.call(cupyattn.decode, out=out, lse=lse)
+    arrays = {"q": p.q, "pages": p.bases[0], **tables_of(p)}
+    return arrays, (out, lse), lambda **more: p.call(cupyattn.decode, out=out, lse=lse, **more)
 
 
 def mla_case(gpu, lens, **arguments):
     p = build_mla_problem(lens, poison=False, xp=gpu, **arguments)
     out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
-    arrays = {"q": p.q, "pages": p.bases[0], "kv_lens": p.kv_lens, "kv_indices": p.kv_indices}
-    return arrays, (out, lse), lambda: p.call(cupyattn.mla_decode, out=out, lse=lse)
+    arrays = {"q": p.q, "pages": p.bases[0], **tables_of(p)}
+    return arrays, (out, lse), lambda **more: p.call(cupyattn.mla_decode, out=out, lse=lse, **more)
 
 
-def cascade_case(gpu, **arguments):
-    cascade = build_cascade([300, 1, 40], [([3], [2000])], poison=False, xp=gpu, **arguments)
+def cascade_case(gpu, own_lens=(300, 1, 40), shared=(([3], [2000]),), **arguments):
+    cascade = build_cascade(own_lens, shared, poison=False, xp=gpu, **arguments)
     p = cascade.problem
     out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
     (shared, offsets), (own, _) = cascade.levels.levels
     arrays = {"q": p.q, "kv_lens": own.kv_lens, "shared lens": shared.kv_lens, "offsets": offsets}
-    return arrays, (out, lse), lambda: cascade.call(out=out, lse=lse)
+    return arrays, (out, lse), lambda **more: cascade.call(out=out, lse=lse, **more)
 
 
 def append_case(gpu):
@@ -68,9 +74,14 @@ def merge_case(gpu):
 CASES = {
     "decode": lambda gpu: decode_case(gpu, group_size=4),
     "decode, many rows": lambda gpu: decode_case(gpu, group_size=40, head_dim=128),
+    "decode, parts": lambda gpu: decode_case(
+        gpu, num_kv_heads=8, head_dim=128, dense=True, spare_entries=2000
+    ),
+    "decode, more tokens": lambda gpu: decode_case(gpu, qo_lens=[2, 1, 3, 0]),
     "mla_decode": lambda gpu: mla_case(gpu, [3000, 1, 700], num_heads=16),
     "mla_decode, pairs": lambda gpu: mla_case(gpu, [40_000, 1000], num_heads=128),
     "cascade_decode": cascade_case,
+    "cascade_decode, nodes in memory": lambda gpu: cascade_case(gpu, [5] * 1600, [([16] * 100, [64] * 100)]),
     "cascade_decode, MLA": lambda gpu: cascade_case(gpu, mla=True, num_heads=16),
     "append": append_case,
     "merge_states": merge_case,
@@ -89,36 +100,83 @@ def test_nothing_is_read_before_it_is_written(gpu, case, way, in_graph):
     late = gpu.RawKernel(_LATE, "write_late")
     stream, other = new_stream(gpu), new_stream(gpu)
     forked, joined = (gpu.cuda.Event(disable_timing=True) for _ in range(2))
+    rng = np.random.default_rng(0)
     for name, array in arrays.items():
         assert array.flags.c_contiguous, name
         right, staging = array.copy(), gpu.empty_like(array)
+        stale = [np.full(array.nbytes, byte, np.uint8) for byte in (0, 0x13, 0xFF)]
+        if array.dtype == np.int32:  # and what might be true
+            stale += [right.get(), np.maximum(right.get() - 1, 0), rng.permuted(right.get(), axis=-1)]
+        for before in map(gpu.asarray, stale):
 
-        def step(array=array, right=right, staging=staging):
-            array.data.memset_async(0, array.nbytes)  # wrong, but nothing that a kernel could not read
-            if way == "other stream":
-                forked.record(stream)
-                other.wait_event(forked)
-                with other:
-                    late((1,), (256,), (array, right, np.int64(array.nbytes)))
-                    joined.record(other)
+            def step(array=array, right=right, staging=staging, before=before):
+                array.data.copy_from_device_async(before.data, array.nbytes)
+                if way == "other stream":
+                    forked.record(stream)
+                    other.wait_event(forked)
+                    with other:
+                        late((1,), (256,), (array, right, np.int64(array.nbytes)))
+                        joined.record(other)
                 for result in results:
                     poison(result)
-                stream.wait_event(joined)
-            else:
-                for result in results:
-                    poison(result)
-                target = array if way == "kernel" else staging
-                late((1,), (256,), (target, right, np.int64(array.nbytes)))
-                if way == "copy":
-                    array.data.copy_from_device_async(staging.data, array.nbytes)
-            call()
+                if way == "other stream":
+                    stream.wait_event(joined)
+                else:
+                    target = array if way == "kernel" else staging
+                    late((1,), (256,), (target, right, np.int64(array.nbytes)))
+                    if way == "copy":
+                        array.data.copy_from_device_async(staging.data, array.nbytes)
+                call()
 
-        with stream:
-            step()  # loads the kernels, and allocates what a capture must not
-        gpu.cuda.Device().synchronize()
-        run = capture(gpu, stream, step) if in_graph else step
-        for i in range(3):
+            gpu.cuda.Device().synchronize()
             with stream:
-                run()
-            stream.synchronize()
-            assert [result.get().tobytes() for result in results] == wanted, (name, i)
+                step()  # loads the kernels, and allocates what a capture must not
+            gpu.cuda.Device().synchronize()
+            run = capture(gpu, stream, step) if in_graph else step
+            for i in range(2):
+                with stream:
+                    run()
+                stream.synchronize()
+                assert [result.get().tobytes() for result in results] == wanted, (name, i)
+
+
+ATTENTION = [case for case in CASES if "decode" in case]
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_tables_that_are_read_early_do_not_let_keys_be(gpu, case):
+    """With `pdl`, the kernel before may write q and the cache."""
+    arrays, results, call = CASES[case](gpu)
+    call()
+    wanted = [result.get().tobytes() for result in results]
+    late = gpu.RawKernel(_LATE, "write_late")
+    for name in {"q", "pages"} & set(arrays):
+        array, right = arrays[name], arrays[name].copy()
+        for _ in range(5):
+            array.view(f"u{array.dtype.itemsize}").fill(0)
+            for result in results:
+                poison(result)
+            late((1,), (256,), (array, right, np.int64(array.nbytes)))
+            call(pdl=True)
+            assert [result.get().tobytes() for result in results] == wanted, name
+
+
+@pytest.mark.parametrize("between", ["append", "merge_states", "decode", "mla_decode", "cascade_decode"])
+@pytest.mark.parametrize("case", ATTENTION)
+def test_who_waits_for_a_kernel_waits_for_all_before(gpu, case, between):
+    """Tables are written before another of our kernels, and read early (`pdl`) beside that one."""
+    arrays, results, call = CASES[case](gpu)
+    _, _, call_between = CASES[between](gpu)
+    call(), call_between()
+    wanted = [result.get().tobytes() for result in results]
+    late = gpu.RawKernel(_LATE, "write_late")
+    for name in set(arrays) - {"q", "pages"}:
+        array, right = arrays[name], arrays[name].copy()
+        for _ in range(3):
+            array.fill(0)
+            for result in results:
+                poison(result)
+            late((1,), (256,), (array, right, np.int64(array.nbytes)))
+            call_between()
+            call(pdl=True)
+            assert [result.get().tobytes() for result in results] == wanted, name

@@ -627,7 +627,7 @@ def test_graph_replays_follow_changes(xp, pools, kind, own_workspace):
 
 @pytest.mark.parametrize("kind", ["csr", "dense", "ragged", "fixed"])
 def test_thousands_of_replays(xp, pools, kind, record_property):
-    """Of two launches each, the second of which starts while the first is finishing (`pdl`)."""
+    """Of two launches each, the second of which reads tables while the first is finishing (`pdl`)."""
     changing = changing_problem(xp, pools, kind)
     times = size(xp, 2000, 10)
     replay_pairs(xp, changing, times, num_states=size(xp, 30, 3))

@@ -497,8 +497,8 @@ class Kernel:
             Bytes of dynamic shared memory a block.
         pdl : bool
             Programmatic dependent launch: the kernel may start before its predecessor in the stream has
-            finished, and must itself wait (``griddepcontrol.wait``) before it reads what that one wrote. No effect
-            below compute capability 9.0.
+            finished, and must itself wait (``griddepcontrol.wait``) before it reads what that one writes, or
+            writes what that one reads. No effect below compute capability 9.0.
         arguments : sequence, optional
             For each of the kernel's arguments its value, which is fixed too, or None if calls are to give it (a
             null pointer is 0).

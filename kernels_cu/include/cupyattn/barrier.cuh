@@ -11,6 +11,7 @@ template <int kThreads>
 __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync 1, %0;" : : "n"(kThreads) : "memory");
 }
+// The same, for who is told which barrier to wait at.
 template <int kThreads>
 struct NamedBarrier {
   __device__ __forceinline__ void wait() const { sync_threads<kThreads>(); }
@@ -76,8 +77,8 @@ __device__ __forceinline__ void mbarrier_wait(u32 smem_barrier, u32 parity) {
       : "memory");
 }
 
-// What sync_threads does, by a barrier that all these threads arrive at: racecheck loses a bar.sync of some of a CTA's
-// threads at times.
+// What sync_threads does, by a barrier that all these threads arrive at. After it, racecheck reports no hazards where it
+// reported some after a bar.sync of these threads, a warpgroup of the CTA having exited.
 struct CountedBarrier {
   u32 smem_barrier;
   u32 parity;  // of its phase

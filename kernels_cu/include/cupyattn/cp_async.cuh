@@ -60,11 +60,12 @@ __device__ __forceinline__ void prefetch_l2(const void* gmem) {
   asm volatile("prefetch.global.L2 [%0];" : : "l"(gmem));
 }
 
-// A read-only load that starts here. Volatile: the compiler would otherwise sink it to its first use, behind
-// barriers and copies, and a load issued early to hide its latency would hide nothing.
+// A load that starts here. Volatile: the compiler would otherwise sink it to its first use, behind barriers and copies,
+// and a load issued early to hide its latency would hide nothing. Not .nc: the kernel before may still have been writing
+// there when this one began.
 __device__ __forceinline__ u32 load_early(const void* gmem) {
   u32 value;
-  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(value) : "l"(gmem));
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(gmem));
   return value;
 }
 

@@ -2,7 +2,8 @@
 // Instructions of sm_90 and up; below, and in an ordinary launch, they do nothing.
 //
 // All kernels are launched so, and wait before they read or write memory: what comes before is worth 0.3 to 0.7 us. They
-// may ask L2 for what they will read, which is where it is written, too. Where the caller has promised that the kernel
+// may ask L2 for what they will read, which is where it is written, too. As that may change while they run, it is not read
+// by .nc loads, nor what the compiler might read so (tables are not __restrict__). Where the caller has promised that the kernel
 // before writes no lengths and tables (`pdl=True`), decode reads these before it waits (`reads_early`).
 //
 // A kernel lets the next one start only when it has waited itself: whoever has waited for it has waited for all before.

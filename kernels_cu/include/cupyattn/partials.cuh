@@ -166,7 +166,7 @@ struct PackedPartials {
 // Where the states of one group lie: state j in slot first + j * step, but for state 0.
 struct GroupSlots {
   int first;
-  int step;  // 2 where the slots are CTAs': 2c of the group that CTA c enters halfway, 2c + 1 of the one it leaves
+  int step;  // 2 where the slots are CTAs', as lines number them: 2c of the group that CTA c enters halfway, 2c + 1 of the one it leaves
   int num_partials;
 
   __device__ __forceinline__ int slot(int j) const { return first + (j == 0 ? step - 1 : j * step); }

@@ -3,7 +3,8 @@
 // A *group* is what shares one read of the keys: (request, KV head, tile of query rows). Its keys are cut
 // into tiles of kTileKV tokens. All tiles of all groups, in that order, form one line of units, which is cut
 // into runs, equal but for the last. So one long request beside many short ones costs the same per byte as equal ones, and
-// nothing but lengths on the device is needed to know who does what.
+// nothing but lengths on the device is needed to know who does what. (decode's KV heads may come in parts, each of which
+// has a line and CTAs for itself; here, they are taken for all there are.)
 //
 //     group 0        group 1  group 2
 //     [t t t t t t t][t t t t][t t t t t t t]      7 + 4 + 7 = 18 units on 4 CTAs: 5 + 5 + 5 + 3
@@ -131,7 +132,7 @@ struct Partition {
   // After number_ctas:
   Reciprocal by_quota;
   int part_ctas;
-  int num_ctas;  // of all parts
+  int num_ctas;  // of all parts of this line
 
   __device__ __forceinline__ Partition() {}
   // Runs are equal, so there are no more CTAs than the longest run needs: 1024 units on 264 CTAs are 256 runs of 4.
