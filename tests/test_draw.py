@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import pytest
 from bench import configs
 from cupyattn import CascadeLevels, PageTable, PrefixTree
 from cupyattn.__main__ import main
-from cupyattn.draw import draw_levels
-from cupyattn.schedule import cascade_schedule
+from cupyattn.draw import _draw_line, draw_levels
+from cupyattn.schedule import cascade_schedule, decode_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACES = ROOT / "bench" / "traces"
@@ -45,6 +46,30 @@ LEVELS = {
     "no requests": (([], [0]), ([], None)),
     "no keys": (([0], [0, 2]), ([0, 0], None)),
 }
+
+
+def test_a_line_in_parts_has_its_boxes_side_by_side():
+    """Part after part, in each a box for every request, as wide as its keys."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    axes = SimpleNamespace(
+        broken_barh=lambda boxes, place, facecolors, **more: drawn.append((boxes, facecolors)),
+        plot=lambda *args, **more: None,
+        xaxis=SimpleNamespace(set_major_formatter=lambda text: None),
+        **dict.fromkeys(
+            ("set_xlim", "set_ylim", "set_yticks", "tick_params", "set_xlabel"), lambda *args, **more: None
+        ),
+    )
+    lens = [640, 1280, 64]
+    segments = decode_schedule(lens, **(SIZES | {"num_kv_heads": 4, "max_ctas": 8}), num_parts=4)
+    _draw_line(axes, segments, np.arange(3))
+    ((boxes, colours),) = drawn
+    assert boxes == [
+        (1984 * part + begin, kv_len)
+        for part in range(4)
+        for begin, kv_len in zip((0, 640, 1920), lens, strict=True)
+    ]
+    assert list(colours) == [0, 1, 2] * 4
 
 
 @pytest.mark.parametrize("name", LEVELS)
