@@ -256,7 +256,7 @@ class DecodePlan(AttentionPlan):
         return (
             *checks.element_strides(q)[:2], *k_strides, *v_strides, *self._output_strides(out, lse), batch_size,
             num_kv_heads // num_parts, num_parts.bit_length() - 1,
-            *kernels.divisor(q.shape[1] // num_kv_heads), *kernels.divisor(cache.page_size),
+            *kernels.divisor(q.shape[1] // num_kv_heads), *kernels.divisor(cache.page_size), cache.num_pages,
         )  # fmt: skip
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:

@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   int part_shift,                       // log2 of the number of parts
                   int group_size, u32 group_multiplier, int group_shift,  // Divisor
                   int page_size, u32 page_multiplier, int page_shift,     // Divisor
+                  int num_pages,                        // that the cache has
                   int table_row_stride,
                   int num_table_entries,                // of kv_indices, to prefetch
                   int split_shift,                      // log2 of the tiles of a fixed split
@@ -108,9 +109,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const Divisor group{group_size, group_multiplier, group_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(kUsesWgmma ? 1024 : 128) unsigned char smem[];
-  const auto problem =
-      problem_of(departures, smem, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr, kv_lens,
-                 batch_size, num_kv_heads, group, window_left, split_shift, max_splits, cascade...);
+  constexpr int kMostNotes =
+      kTileQ == 32 ? kThreads / 2 : kThreads;  // there, shared memory is needed elsewhere
+  __shared__ Problem::Note smem_notes[kIsCascade ? 1 : kMostNotes];
+  const auto problem = problem_of(
+      departures, smem, smem_notes, kMostNotes, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
+      kv_lens, batch_size, num_kv_heads, group, window_left, split_shift, max_splits, cascade...);
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse};
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const int part = blockIdx.x & (1 << parts_log2) - 1;
   const int first_head = part * num_kv_heads;
   PageStrides strides = finds_v ? v_strides : k_strides;
-  const T* pages_begin = (finds_v ? v_pages : k_pages) + first_head * strides.head;
+  const T* pages_begin = finds_v ? v_pages : k_pages;
   // Where this lane's ldmatrix rows begin, from the beginning of a tile on.
   u32 q_offset =
       QueryLayout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
@@ -179,15 +183,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     pin(strides.page), pin(strides.token), pin(strides.head), pin(pages_begin);
     pin(q_offset), pin(k_offset), pin(v_offset);
   }
-  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs kStages - 1 tiles ahead of the tile in use
   Partition partition;
-  if (!begin_run<kThreads>(problem, load, partition, false, blockIdx.x >> parts_log2,
-                           gridDim.x >> parts_log2)) {
-    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
-    return;
-  }
 
   // --- Producer: a row's address is found one tile before its copy starts. ---
   const auto keys_left = [&]() { return load.done() ? 0 : load.request.kv_len - load.token_begin(); };
@@ -196,29 +194,57 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
   int found_page;
   int found_token;
-  const auto find_row = [&]() {  // starts the read of the page table
-    if (!has_row()) return;
+  const int* found_at = nullptr;  // of a guess
+  const auto find_entry = [&]() {
     const int token = load.token_begin() + tid % kTileKV;
     const int entry = page.divide(token);
-    found_page = static_cast<int>(load_early(load.pages + entry));
     found_token = page.modulo(token, entry);
+    return load.pages + entry;
+  };
+  const auto find_row = [&]() {  // starts the read of the page table
+    if (has_row()) found_page = static_cast<int>(load_early(find_entry()));
   };
   const auto found_row = [&]() {  // waits for it
-    return pages_begin + strides.offset(found_page, found_token, load.kv_head);
+    return pages_begin + strides.offset(found_page, found_token, first_head + load.kv_head);
   };
+  const auto prefetch_row = [&](const T* row) {
+#pragma unroll
+    for (int i = 0; i < kRowDims * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
+  };
+  const auto ask_for_keys = [&]() {
+    if (!has_row()) return;
+    const int* entry = find_entry();
+    if (static_cast<u64>(entry - kv_indices) >= num_table_entries) return;
+    found_at = entry;
+    found_page = load_from_l2(entry);
+    if (static_cast<u32>(found_page) < num_pages && static_cast<u32>(found_token) < page_size &&
+        static_cast<u32>(load.kv_head) < num_kv_heads) {
+      prefetch_row(found_row());
+    }
+  };
+  const auto look_again = [&]() {
+    if (found_at != nullptr) found_page = load_from_l2(found_at);
+  };
+  constexpr bool kGuesses = kTileQ != 32;  // there are no registers for it
+  const Beginning beginning =
+      guess_run<kThreads, kGuesses>(problem, reads_early, load, partition, ask_for_keys, look_again,
+                                    blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
+  if (beginning == kNoRun) {
+    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
+    return;
+  }
+
   // What other query tiles read too is to stay in L2 for a while.
   const u64 policy_once = evict_first_policy();
   const u64 policy_shared = kIsCascade ? evict_normal_policy() : policy_once;
   int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
-  const auto copy_tile = [&](int stage, int slot) {
+  const auto copy_tile = [&](int stage, int slot, int num_keys, int num_hidden, u64 policy) {
     constexpr int kChunks = kTileKV * Layout::kRowChunks;
     constexpr int kRowsAtOnce = kThreads / Layout::kRowChunks;
     static_assert(kChunks % kThreads == 0, "every thread copies as many chunks");
     const u32 smem_tile = smem_address_of(smem_kv) + stage * 2 * kTileBytes;
-    const int num_keys = keys_left();
-    const u64 policy = kIsCascade && load.request.qo_len * group_size > kTileQ ? policy_shared : policy_once;
     if constexpr (kThreads % Layout::kRowChunks == 0) {
-      if (num_keys >= kTileKV && (!kIsCascade || first_seen <= load.token_begin())) {
+      if (num_keys >= kTileKV && (!kIsCascade || num_hidden <= 0)) {
         // The same chunk of every kRowsAtOnce-th row, at addresses with constants between them: three instructions
         // each.
         const int first_row = tid / Layout::kRowChunks;
@@ -253,7 +279,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const int row = i / Layout::kRowChunks;
         const int chunk = i % Layout::kRowChunks;
         // Keys past the end read nothing and become zeros: what lies there may be NaN, and 0 * NaN leaks.
-        const bool exists = row < num_keys && (!kIsCascade || row >= first_seen - load.token_begin());
+        const bool exists = row < num_keys && (!kIsCascade || row >= num_hidden);
         const T* source = exists ? rows[row] + chunk * 8 : k_pages;
         cp_async_16(smem_tile + kv * kTileBytes + Layout::offset(row, chunk), source, exists, policy);
       }
@@ -331,15 +357,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
 
   if (tid < 2) smem_run_end.clear();
-  find_row();
+  const bool is_guessed = beginning == kGuessed && found_at != nullptr;  // look_again has begun to read
+  if (!is_guessed) find_row();
   partition.number_ctas();
   const T* row = nullptr;
   if (has_row()) {  // the first keys are on their way into L2
     row = found_row();
-    if (!kIsCascade || window_left < 0) {  // or the pages before the window may be any
-#pragma unroll
-      for (int i = 0; i < kRowDims * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
-    }
+    if (!is_guessed && (!kIsCascade || window_left < 0))
+      prefetch_row(row);  // before the window may be any pages
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
@@ -367,22 +392,33 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         if (begins_segment && warp == 0) smem_positions.write(problem, load, q_buffer);
         if (begins_segment && window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
       }
-      copy_tile(load_stage, slot);
+      const int num_keys = keys_left();
+      const int num_hidden = kIsCascade ? first_seen - load.token_begin() : 0;
+      const u64 policy =
+          kIsCascade && load.request.qo_len * group_size > kTileQ ? policy_shared : policy_once;
       const bool ends_segment = load.ends_segment(problem);
+      const auto copied = load;
+      const auto go_on = [&]() {
+        load.advance(problem);
+        find_row();
+      };
+      // Before the copies, behind which it would wait; but these do not wait for what a next request needs from memory.
+      const bool goes_on_first = !ends_segment || problem.is_noted_whole(load.request_idx + 1);
+      if (goes_on_first) go_on();
+      copy_tile(load_stage, slot, num_keys, num_hidden, policy);
+      if (!goes_on_first) go_on();
       if (tid == 0) {
         TileInfo& tile = smem_tiles[load_stage];
-        tile = TileInfo::of<partials.kRowLines>(load, problem, partition, begins_segment, ends_segment,
+        tile = TileInfo::of<partials.kRowLines>(copied, problem, partition, begins_segment, ends_segment,
                                                 q_buffer);
         tile.enter_part(first_head, 2 * part * partition.num_ctas, kTileQ);
       }
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kStages) q_buffer = 0;
-      load.advance(problem);
       if (++load_stage == kStages) load_stage = 0;
       ++tiles_ahead;
     }
     cp_async_commit();
-    find_row();
     if (round < 0) continue;
     --tiles_ahead;
     const bool ends_run = tiles_ahead == 0 && load.done();
@@ -741,7 +777,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the scratch memory is free again
-      merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_scratch);
+      merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, tile, 2, smem_scratch);
     }
     clear();
   }
@@ -750,12 +786,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   if (!reads_early) launch_dependents();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
-    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
-      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, smem_scratch);
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
+      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares, smem_scratch);
     });
   } else {
-    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
-      merge_share<kThreads, kFixedSplits>(partials, output, share, smem_scratch);
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
+      merge_side_by_side<kThreads, kFixedSplits>(partials, output, shares, smem_scratch);
     });
   }
 }

@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(128) unsigned char smem[];
   const auto problem =
-      problem_of(departures, smem, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr, kv_lens,
-                 batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
+      problem_of(departures, smem, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
+                 kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
   const Partials<kCkvDim, kTileQ> partials{partial_out, partial_lse};
@@ -496,20 +496,22 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the logits have been read
-      merge_share<kThreads, kFixedSplits>(partials, output, tile, smem_logits);
+      merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, tile, 2, smem_logits);
     }
     clear();
   }
   if (!reads_early) launch_dependents();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
-    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
-      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share,
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
+      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares,
                                     reinterpret_cast<float*>(smem));
     });
   } else {
-    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const TileInfo& share) {
-      merge_share<kThreads, kFixedSplits>(partials, output, share, smem_logits);
+    smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
+      merge_in_turn(shares, [&](const TileInfo& share) {
+        merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, share, 2, smem_logits);
+      });
     });
   }
 }

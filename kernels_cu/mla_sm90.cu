@@ -63,12 +63,17 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier
   if constexpr (Problem::kIsCascade) {
     const Problem problem = problem_in_memory;
     const Partition partition = partition_in_memory;
-    run_end.merge(ctas, barrier, [&](const TileInfo& share) {
-      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, share, scratch);
+    run_end.merge(ctas, barrier, [&](const auto& shares) {
+      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares, scratch);
     });
   } else {
-    run_end.merge(ctas, barrier, [&](const TileInfo& share) {
-      merge_share<kThreads, false>(partials, output, share, scratch);
+    run_end.merge(ctas, barrier, [&](const auto& shares) {
+      merge_in_turn(shares, [&](const TileInfo& share) {
+        if (share.first_line >= share.end_line) return;
+        merge_packed_lines<kThreads>(partials, share.group, share.first_line, share.end_line,
+                                     reinterpret_cast<unsigned char*>(scratch),
+                                     [&](int row, int dim) { return output.row_at(share, row, dim); });
+      });
     });
   }
 }
@@ -165,8 +170,9 @@ __global__ void __launch_bounds__(384, 1)
   constexpr bool kIsCascade = sizeof...(Cascade) > 0;
   extern __shared__ __align__(1024) unsigned char smem_q[];  // blocks are aligned to 1024 bytes
   const auto make_problem = [&]() {
-    return problem_of(departures, smem_q, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
-                      kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
+    return problem_of(departures, smem_q, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride},
+                      qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits,
+                      cascade...);
   };
   const auto problem = make_problem();
   // Functions: what has an address, for a call to read, is in memory everywhere.

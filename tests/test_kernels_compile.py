@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from cupyattn.kernels import _STATIC_SHARED_BYTES, MLASm90Config
+from cupyattn.kernels import _STATIC_SHARED_BYTES, DecodeConfig, MLASm90Config
 from cupyattn.runtime import CI_ARCHS, Build, get_spec, list_kernels
 
 pytestmark = pytest.mark.slow
@@ -51,6 +51,9 @@ def test_compiles_without_spills(instance: Instance, built: Callable[[Instance],
     if instance[1] in ("mla_sm90", "mla_sm90_cascade"):  # which take an SM alone
         config = MLASm90Config(int(instance[2][1]))
         assert result.resources.static_smem + config.shared_bytes <= 227 * 1024
+    elif instance[1] in ("decode", "decode_cascade"):
+        shape = DecodeConfig(*map(int, instance[2][2:9]))
+        assert result.resources.static_smem <= shape.static_shared_bytes
     else:
         assert result.resources.static_smem <= _STATIC_SHARED_BYTES
     assert "warning" not in result.log.lower(), result.log

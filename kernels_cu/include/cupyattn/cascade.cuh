@@ -78,20 +78,22 @@ struct CascadeProblem {
   }
   __device__ __forceinline__ bool is_last(int level) const { return level + 1 == levels.num_levels; }
 
+  template <bool kFromL2 = false>
   __device__ __forceinline__ void read(int node, int& qo_begin, int& qo_len, int& kv_len) const {
     const int number = level_of(node);
     const Levels::Level& level = levels.levels[number];
     const int i = node - level.first_node;
-    qo_begin = level.qo_indptr != nullptr ? level.qo_indptr[i] : i;
-    qo_len = level.qo_indptr != nullptr ? level.qo_indptr[i + 1] - qo_begin : 1;
-    kv_len = max(level.kv_lens[i], 0);
+    qo_begin = level.qo_indptr != nullptr ? load<kFromL2>(level.qo_indptr + i) : i;
+    qo_len = level.qo_indptr != nullptr ? load<kFromL2>(level.qo_indptr + i + 1) - qo_begin : 1;
+    kv_len = max(load<kFromL2>(level.kv_lens + i), 0);
     // Requests keep one tile without keys, so that their rows' results are written.
     if (kv_len == 0 && !is_last(number)) qo_len = 0;
   }
+  template <bool kFromL2 = false>
   __device__ __forceinline__ const int* pages_of(int node) const {
     const Levels::Level& level = levels.levels[level_of(node)];
-    return PageTable{level.kv_indptr, level.kv_indices, level.table_row_stride}.pages_of(node -
-                                                                                         level.first_node);
+    const PageTable table{level.kv_indptr, level.kv_indices, level.table_row_stride};
+    return table.pages_of<kFromL2>(node - level.first_node);
   }
   __device__ __forceinline__ int row_of(int token) const {
     return levels.q_indices != nullptr ? levels.q_indices[token] : token;
@@ -124,6 +126,10 @@ struct CascadeProblem {
     if (levels.nodes_in_shared) write(node, request, request.num_units(*this));
   }
   template <typename Request>
+  __device__ __forceinline__ void note(int node, const Request& request, const int*) const {
+    note(node, request);
+  }
+  template <typename Request>
   __device__ __forceinline__ void place(int node, int end_node, int unit) const {
 #pragma unroll 1
     for (; node < end_node; ++node) {
@@ -143,13 +149,17 @@ struct CascadeProblem {
     nodes[node] = {request.qo_begin, request.qo_len, request.kv_len, unit};
   }
 
+  __device__ __forceinline__ bool is_noted(int) const { return true; }
+  __device__ __forceinline__ bool is_noted_whole(int) const { return false; }
   template <typename Request>
   __device__ __forceinline__ Request noted(int node) const {
-    const Node noted = nodes[node];
-    Request request;
-    request.qo_begin = noted.qo_begin, request.qo_len = noted.qo_len, request.kv_len = noted.kv_len;
-    request.find_begin(window_left);
-    return request;
+    const Node note = nodes[node];
+    return Request(note.qo_begin, note.qo_len, note.kv_len, window_left);
+  }
+  template <typename Request>
+  __device__ __forceinline__ Request noted(int node, const int*& pages_of_node) const {
+    pages_of_node = pages_of(node);
+    return noted<Request>(node);
   }
 
   // The node of a level that a token is in, or -1.
@@ -241,18 +251,29 @@ struct CascadeProblem {
   }
 };
 
-// What a kernel's arguments say, without and with levels. `smem`: its dynamic shared memory.
-__device__ __forceinline__ Problem problem_of(void* workspace, void* smem, const PageTable& pages,
-                                              const int* qo_indptr, const int* kv_lens, int batch_size,
-                                              int num_kv_heads, const Divisor& group_size, int window_left,
-                                              int split_shift, int max_splits) {
-  return {pages,      qo_indptr,   kv_lens,     batch_size, num_kv_heads,
-          group_size, window_left, split_shift, max_splits};
+// What a kernel's arguments say, without and with levels. `smem`: its dynamic shared memory; `notes`: `most_notes` of
+// shared memory too, not more than a CTA has threads.
+__device__ __forceinline__ Problem problem_of(void* workspace, void* smem, Problem::Note* notes,
+                                              int most_notes, const PageTable& pages, const int* qo_indptr,
+                                              const int* kv_lens, int batch_size, int num_kv_heads,
+                                              const Divisor& group_size, int window_left, int split_shift,
+                                              int max_splits) {
+  return {pages,
+          qo_indptr,
+          kv_lens,
+          batch_size,
+          num_kv_heads,
+          group_size,
+          window_left,
+          split_shift,
+          max_splits,
+          notes,
+          batch_size <= most_notes ? most_notes : 0};
 }
-__device__ __forceinline__ CascadeProblem problem_of(void* workspace, void* smem, const PageTable&,
-                                                     const int*, const int*, int, int num_kv_heads,
-                                                     const Divisor& group_size, int window_left, int, int,
-                                                     const Levels& levels) {
+__device__ __forceinline__ CascadeProblem problem_of(void* workspace, void* smem, Problem::Note*, int,
+                                                     const PageTable&, const int*, const int*, int,
+                                                     int num_kv_heads, const Divisor& group_size,
+                                                     int window_left, int, int, const Levels& levels) {
   char* memory = static_cast<char*>(levels.nodes_in_shared ? smem : workspace);
   Node* nodes = reinterpret_cast<Node*>(memory + levels.nodes_offset);
   return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, levels.group_overhead,
@@ -423,8 +444,10 @@ struct RowStates {
 template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ>
 __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const Partition& partition,
                                            const Partials<kHeadDim, kTileQ>& partials,
-                                           const Output<T, kTileQ>& output, const TileInfo& share,
+                                           const Output<T, kTileQ>& output, const TileInfo (&shares)[2],
                                            float* scratch) {
+  const TileInfo& share = shares[0];  // all are in this one: RunEnd::add_lines
+  if (share.num_sharers <= 1) return;
   using OneRequest = Request<kTileKV, kTileQ, false>;
   using States = RowStates<Partials<kHeadDim, kTileQ>, OneRequest, kTileQ, kThreads / 32>;
   const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
@@ -433,7 +456,8 @@ __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const 
     return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
   };
   const States states(problem, partition, share.end_line - share.first_line, scratch);
-  merge_lines<kThreads, 8>(partials, states, false, share.first_line, share.end_line, scratch, find);
+  merge_lines<8>(all_threads<kThreads>(), partials, states, false, share.first_line, share.end_line, scratch,
+                 find);
 }
 
 }  // namespace cupyattn

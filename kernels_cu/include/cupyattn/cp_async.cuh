@@ -69,6 +69,18 @@ __device__ __forceinline__ u32 load_early(const void* gmem) {
   return value;
 }
 
+// A number as it is in L2, where all SMs see the same, by no way through L1.
+__device__ __forceinline__ int load_from_l2(const int* gmem) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  return value;
+}
+// The same, or read as usual.
+template <bool kFromL2>
+__device__ __forceinline__ int load(const int* gmem) {
+  return kFromL2 ? load_from_l2(gmem) : *gmem;
+}
+
 // Makes the compiler read a kernel parameter here.
 __device__ __forceinline__ void touch(i64 parameter) { asm volatile("" : : "l"(parameter)); }
 __device__ __forceinline__ void touch(float parameter) { asm volatile("" : : "f"(parameter)); }

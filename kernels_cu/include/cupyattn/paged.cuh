@@ -1,6 +1,7 @@
 // The page walk: from (request, token) to where that token's row lies.
 #pragma once
 
+#include "cupyattn/cp_async.cuh"
 #include "cupyattn/types.cuh"
 
 namespace cupyattn {
@@ -13,8 +14,9 @@ struct PageTable {
   int row_stride;         // of the dense form, entries
 
   // The request's own page ids. 64-bit: a dense table may hold more than 2^31 entries.
+  template <bool kFromL2 = false>
   __device__ __forceinline__ const int* pages_of(int request) const {
-    return kv_indices + (kv_indptr != nullptr ? static_cast<i64>(kv_indptr[request])
+    return kv_indices + (kv_indptr != nullptr ? static_cast<i64>(load<kFromL2>(kv_indptr + request))
                                               : static_cast<i64>(request) * row_stride);
   }
 };

@@ -267,11 +267,11 @@ struct GroupStates {
 
   const Partials& partials;
   const GroupSlots& group;
+  int own_states_log2;  // states that four lanes take: more, where there are more than eight times as many
 
-  // As many times four lanes as share the states of a line, in powers of two: four lanes take four states, eight if
-  // there are many.
+  // As many times four lanes as share the states of a line, in powers of two.
   __device__ __forceinline__ int parts_log2() const {
-    return group.num_partials <= 4 ? 0 : min(30 - __clz(group.num_partials - 1), 3);
+    return min(max(32 - own_states_log2 - __clz(group.num_partials - 1), 0), 3);
   }
   // To a line of the group; false if nothing is to be done for it.
   __device__ __forceinline__ bool enter(int line, bool exists) { return exists; }
@@ -298,25 +298,26 @@ struct GroupStates {
 constexpr int kHotPolls = 4;        // then other CTAs' copies come first
 constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
 
-// Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; threads 0 .. kThreads - 1
-// call it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight
-// states at once. `scratch`: shared memory, 24 floats a warp.
+// Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; all threads of `team` call
+// it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
+// once. `scratch`: shared memory of the team, 24 floats a warp.
 // `find(row, dim)` says where four columns of the result go (Output::Row).
-template <int kThreads, int kInFlight, int kHeadDim, int kTileQ, typename States, typename Find>
-__device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& partials, States states,
+template <int kInFlight, int kNumThreads, int kHeadDim, int kTileQ, typename States, typename Find>
+__device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
+                                            const Partials<kHeadDim, kTileQ>& partials, States states,
                                             bool wide, int line, int end_line, float* scratch,
                                             const Find& find) {
   constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
-  constexpr int kWarps = kThreads / 32;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+  constexpr int kWarps = Team<kNumThreads>::kWarps;
+  const int lane = team.tid % 32;
+  const int warp = team.tid / 32;
   // A warp has as many lines at once as there is room for.
   const int parts_log2 = states.parts_log2();
   const int stride = wide ? 8 * kWarps : 1 << parts_log2;
-  const int part = threadIdx.x / 4 & (stride - 1);
+  const int part = team.tid / 4 & (stride - 1);
   const int lines_at_once = wide ? 1 : kWarps * 8 >> parts_log2;
 #pragma unroll 1
-  for (line += wide ? 0 : threadIdx.x / 4 >> parts_log2;; line += lines_at_once) {
+  for (line += wide ? 0 : team.tid / 4 >> parts_log2;; line += lines_at_once) {
     // Lanes beyond the last line help to read it, and write nothing.
     bool exists = line < end_line;
     if (!__any_sync(0xffffffffu, exists)) break;
@@ -404,8 +405,8 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
         own[0] = acc.x, own[1] = acc.y, own[2] = acc.z, own[3] = acc.w, own[4] = state.max,
         own[5] = state.sum;
       }
-      sync_threads<kThreads>();
-      if (threadIdx.x < 4) {
+      team.sync();
+      if (team.tid < 4) {
 #pragma unroll 1
         for (int w = 1; w < kWarps; ++w) {
           const float* theirs = own + w * 24;
@@ -433,7 +434,7 @@ __device__ __forceinline__ void merge_lines(const Partials<kHeadDim, kTileQ>& pa
         if (lane % 4 == 0) store_relaxed(partials.lse_at(at), 0.0f);
       }
     }
-    if (wide) sync_threads<kThreads>();  // the scratch memory is free again
+    if (wide) team.sync();  // the scratch memory is free again
   }
 }
 

@@ -139,31 +139,46 @@ struct Output {
   }
 };
 
-// This CTA's share of the group that `tile` has ended a segment of; threads 0 .. kThreads - 1 call it.
-// `scratch`: shared memory, 24 floats a warp; of packed states, see merge_packed_lines.
-template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void merge_share(const Partials<kHeadDim, kTileQ>& partials,
+// This CTA's share of the group that `tile` has ended a segment of, by `team`. `scratch`: shared memory, 24 floats a warp.
+// Four lanes take 2^own_states_log2 states, see GroupStates.
+template <bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_share(const Team<kNumThreads>& team,
+                                            const Partials<kHeadDim, kTileQ>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
-                                            float* scratch) {
+                                            int own_states_log2, float* scratch) {
   // Inside the loop there are fewer registers than at the end.
   constexpr int kInFlight = kFixedSplits ? 4 : 8;
   // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
   const int num_lines = kFixedSplits ? 1 : tile.end_line - tile.first_line;
   const bool wide = tile.group.num_partials > 64 * num_lines;
-  const GroupStates<Partials<kHeadDim, kTileQ>> states{partials, tile.group};
-  merge_lines<kThreads, kInFlight>(partials, states, wide, tile.first_line, tile.end_line, scratch,
-                                   [&](int row, int dim) { return output.row_at(tile, row, dim); });
+  const GroupStates<Partials<kHeadDim, kTileQ>> states{partials, tile.group, own_states_log2};
+  merge_lines<kInFlight>(team, partials, states, wide, tile.first_line, tile.end_line, scratch,
+                         [&](int row, int dim) { return output.row_at(tile, row, dim); });
 }
-template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void merge_share(const PackedPartials<kHeadDim, kTileQ>& partials,
-                                            const Output<T, kTileQ>& output, const TileInfo& tile,
-                                            float* scratch) {
-  static_assert(!kFixedSplits);
-  if (tile.first_line < tile.end_line) {
-    merge_packed_lines<kThreads>(partials, tile.group, tile.first_line, tile.end_line,
-                                 reinterpret_cast<unsigned char*>(scratch),
-                                 [&](int row, int dim) { return output.row_at(tile, row, dim); });
+
+// The shares of a CTA that have several sharers, one after the other; `merge_one(share)` does one.
+template <typename MergeOne>
+__device__ __forceinline__ void merge_in_turn(const TileInfo (&shares)[2], const MergeOne& merge_one) {
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    if (shares[i].num_sharers > 1) merge_one(shares[i]);
   }
+}
+// The same by threads 0 .. kThreads - 1. Of two shares each half of them does one, four lanes taking twice the states:
+// then it waits for memory once, not twice. (But sums with fixed splits must not depend on whether there are two.)
+template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_side_by_side(const Partials<kHeadDim, kTileQ>& partials,
+                                                   const Output<T, kTileQ>& output,
+                                                   const TileInfo (&shares)[2], float* scratch) {
+  if (!kFixedSplits && shares[0].num_sharers > 1 && shares[1].num_sharers > 1) {
+    const auto team = half_of_threads<kThreads>();
+    merge_share<kFixedSplits>(team, partials, output, shares[team.half], 3,
+                              scratch + team.half * team.kWarps * 24);
+    return;
+  }
+  merge_in_turn(shares, [&](const TileInfo& share) {
+    merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, share, 2, scratch);
+  });
 }
 
 // What a run leaves to its end, in shared memory.
@@ -193,10 +208,10 @@ struct RunEnd {
   }
 
   // The threads that wait at `barrier`, thread 0 among them: this CTA's share of the groups that it has only a part of,
-  // and what CTAs that have departed left; `merge_one(share)` does one.
-  template <typename Barrier, typename MergeOne>
+  // and what CTAs that have departed left; `merge_shares(shares)` does those of one CTA.
+  template <typename Barrier, typename MergeShares>
   __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas, Barrier barrier,
-                                        const MergeOne& merge_one) {
+                                        const MergeShares& merge_shares) {
     const bool asks = threadIdx.x == 0;
     if (asks) cp_async_wait<0>();
     barrier.wait();  // the counts and the shares are there
@@ -212,10 +227,7 @@ struct RunEnd {
       ctas.end();
     }
     while (true) {
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        if (shared[i].num_sharers > 1) merge_one(shared[i]);
-      }
+      merge_shares(shared);
       if (all_there || num_departed <= 0) return;
       barrier.wait();  // all are done with the shares
       if (asks && !ctas.take(num_departed, shared)) {

@@ -37,6 +37,7 @@
 
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
+#include "cupyattn/launch.cuh"
 #include "cupyattn/paged.cuh"
 #include "cupyattn/types.cuh"
 
@@ -58,13 +59,25 @@ struct Problem {
   // With fixed splits only:
   int unit_shift;  // log2 of a split's tiles
   int max_splits;  // that there is memory for
+  // What begin_run has read of requests 0 .. num_notes - 1, in shared memory. Later, what a CTA reads from memory waits
+  // behind the copies that its SM has been asked for, for microseconds.
+  struct alignas(16) Note {
+    int qo_begin, qo_len, kv_len;
+    int first_entry;  // of kv_indices, if there is kv_indptr
+  };
+  Note* notes;
+  int num_notes;
 
+  template <bool kFromL2 = false>
   __device__ __forceinline__ void read(int b, int& qo_begin, int& qo_len, int& kv_len) const {
-    qo_begin = qo_indptr != nullptr ? qo_indptr[b] : b;
-    qo_len = qo_indptr != nullptr ? qo_indptr[b + 1] - qo_begin : 1;
-    kv_len = max(kv_lens[b], 0);
+    qo_begin = qo_indptr != nullptr ? load<kFromL2>(qo_indptr + b) : b;
+    qo_len = qo_indptr != nullptr ? load<kFromL2>(qo_indptr + b + 1) - qo_begin : 1;
+    kv_len = max(load<kFromL2>(kv_lens + b), 0);
   }
-  __device__ __forceinline__ const int* pages_of(int b) const { return pages.pages_of(b); }
+  template <bool kFromL2 = false>
+  __device__ __forceinline__ const int* pages_of(int b) const {
+    return pages.pages_of<kFromL2>(b);
+  }
   // Asks L2 for what begin_run reads first, and for all page ids: `num_table_entries` lie in one piece. Nothing is read,
   // so the kernel before may still be writing it.
   template <int kThreads>
@@ -82,12 +95,28 @@ struct Problem {
   __device__ __forceinline__ bool writes_first() const { return false; }
   // Where a query token lies in `q` and `out`.
   __device__ __forceinline__ int row_of(int token) const { return token; }
-  // What a cascade writes down of requests b .. end_b - 1 of this thread: each one, with its units; then, where the
-  // first of them begins on the line.
+  // What is written down of requests b .. end_b - 1 of this thread: the first one, with its page ids; the others; then,
+  // where the first of them begins on the line, which is for cascades.
+  template <typename Request>
+  __device__ __forceinline__ void note(int b, const Request& request, const int* pages_of_request) const {
+    if (b >= num_notes) return;
+    notes[b] = {request.qo_begin, request.qo_len, request.kv_len,
+                static_cast<int>(pages_of_request - pages.kv_indices)};
+  }
   template <typename Request>
   __device__ __forceinline__ void note(int b, const Request& request) const {}
   template <typename Request>
   __device__ __forceinline__ void place(int b, int end_b, int unit) const {}
+  __device__ __forceinline__ bool is_noted(int b) const { return b < num_notes; }
+  __device__ __forceinline__ bool is_noted_whole(int b) const {
+    return is_noted(b);
+  }  // with its page ids' place
+  template <typename Request>
+  __device__ __forceinline__ Request noted(int b, const int*& pages_of_request) const {
+    const Note note = notes[b];
+    pages_of_request = pages.kv_indptr != nullptr ? pages.kv_indices + note.first_entry : pages.pages_of(b);
+    return Request(note.qo_begin, note.qo_len, note.kv_len, window_left);
+  }
 };
 
 // One request's share of the line.
@@ -99,9 +128,13 @@ struct Request {
   int kv_len;    // keys, the query tokens' own included
 
   __device__ __forceinline__ Request() {}
-  template <typename Problem>
-  __device__ __forceinline__ Request(const Problem& problem, int b) {
-    problem.read(b, qo_begin, qo_len, kv_len);
+  __device__ __forceinline__ Request(int qo_begin, int qo_len, int kv_len, int window_left)
+      : qo_begin(qo_begin), qo_len(qo_len), kv_len(kv_len) {
+    find_begin(window_left);
+  }
+  template <typename Problem, bool kFromL2 = false>
+  __device__ __forceinline__ Request(const Problem& problem, int b, Bool<kFromL2> = {}) {
+    problem.template read<kFromL2>(b, qo_begin, qo_len, kv_len);
     find_begin(problem.window_left);
   }
   __device__ __forceinline__ void find_begin(int window_left) {
@@ -204,13 +237,12 @@ struct Cursor {
     request = Request<kTileKV, kTileQ, kFixedSplits>(problem, b);
     pages = problem.pages_of(b);
   }
-  // The same where a cascade has written down what there is.
+  // The same from what has been written down, if it has.
   template <typename Problem>
   __device__ __forceinline__ void enter_noted(const Problem& problem, int b) {
-    if constexpr (Problem::kIsCascade) {
+    if (problem.is_noted(b)) {
       request_idx = b;
-      request = problem.template noted<Request<kTileKV, kTileQ, kFixedSplits>>(b);
-      pages = problem.pages_of(b);
+      request = problem.template noted<Request<kTileKV, kTileQ, kFixedSplits>>(b, pages);
     } else {
       enter(problem, b);
     }
@@ -267,17 +299,37 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
   return end;
 }
 
+// What a thread of begin_run reads of the first of its requests, as it is in L2.
+template <typename OneRequest>
+struct OwnRequest {
+  OneRequest request;
+  const int* pages;
+
+  template <int kThreads, typename Problem>
+  __device__ __forceinline__ OwnRequest(const Problem& problem, Int<kThreads>)
+      : request(0, 0, 0, -1), pages(nullptr) {
+    const int b = threadIdx.x * ceil_div(problem.batch_size, kThreads);
+    if (b >= problem.batch_size) return;
+    request = OneRequest(problem, b, Bool<true>());
+    pages = problem.template pages_of<true>(b);
+  }
+  __device__ __forceinline__ bool is(const OwnRequest& other) const {
+    return request.qo_begin == other.request.qo_begin && request.qo_len == other.request.qo_len &&
+           request.kv_len == other.request.kv_len && pages == other.pages;
+  }
+};
+
 // The place on the line of CTA `cta` of `max_ctas` (`in_pairs`: of clusters of two, whose CTAs get the same run of two
 // parts if there is an even number of these); all its threads must call it. False where the line is too short to
 // reach it.
 // Thread i adds up the units of requests i * stride .. (i + 1) * stride - 1; the one in whose share the run
-// begins tells the others where that is. What it says, it has loaded with the lengths: for up to kThreads
+// begins tells the others where that is. What it says, it has loaded with the lengths (`own`): for up to kThreads
 // requests there is one round trip to memory. What can be known before the lengths or the sum, is.
 template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
 __device__ __forceinline__ bool begin_run(const Problem& problem,
+                                          const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>>& own,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
-                                          Partition& partition, bool in_pairs = false, int cta = blockIdx.x,
-                                          int max_ctas = gridDim.x) {
+                                          Partition& partition, bool in_pairs, int cta, int max_ctas) {
   __shared__ Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost> smem_cursor;
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
   const Reciprocal by_max_ctas(max_ctas);
@@ -310,9 +362,11 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   };
   Reciprocal by_group_units(1);
   if (first_request < end_request) {
-    cursor.enter(problem, first_request);
+    cursor.request_idx = first_request;
+    cursor.request = own.request;
+    cursor.pages = own.pages;
     add(cursor.request);
-    problem.note(first_request, cursor.request);
+    problem.note(first_request, cursor.request, cursor.pages);
     by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
   }
 #pragma unroll 1
@@ -406,6 +460,51 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   __syncthreads();
   cursor = smem_cursor;
   return true;
+}
+
+template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
+__device__ __forceinline__ bool begin_run(const Problem& problem,
+                                          Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
+                                          Partition& partition, bool in_pairs = false) {
+  const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>> own(problem, Int<kThreads>());
+  return begin_run<kThreads>(problem, own, cursor, partition, in_pairs, blockIdx.x, gridDim.x);
+}
+
+// What guess_run has found; kGuessed: while the kernel before was still running, and that is true now, too.
+enum Beginning { kNoRun, kFound, kGuessed };
+
+// begin_run, of lengths and tables as they are before the kernel before is done, which may still change them; when it
+// is, each thread reads again what it has read, and if that differs for any, the run is found anew. In between,
+// `ask_for_keys()` asks L2 for the first keys of a run that is found in what may be anything; `look_again()` begins to
+// read where it has read. With `reads_early` nothing is changed (launch.cuh), so nothing is guessed.
+template <int kThreads, bool kGuesses, int kTileKV, int kTileQ, bool kFixedSplits, typename Problem,
+          typename AskForKeys, typename LookAgain>
+__device__ __forceinline__ Beginning guess_run(const Problem& problem, bool reads_early,
+                                               Cursor<kTileKV, kTileQ, kFixedSplits>& cursor,
+                                               Partition& partition, const AskForKeys& ask_for_keys,
+                                               const LookAgain& look_again, int cta, int max_ctas) {
+  constexpr int kMostKeys = 1 << 22;  // that are believed, so that sums of anything fit into 32 bits
+  bool guesses = false;
+  if constexpr (kGuesses && !kFixedSplits && !Problem::kIsCascade) {
+    guesses = !reads_early && problem.batch_size <= kThreads && problem.qo_indptr == nullptr;
+  }
+  if (!guesses && (!reads_early || problem.writes_first())) wait_for_predecessor();
+  using Own = OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>>;
+  Own own(problem, Int<kThreads>());
+#pragma unroll 1
+  while (true) {  // twice at most, as the code is long
+    if (guesses && own.request.kv_len > kMostKeys) own.request.kv_len = 0;
+    const bool has_run = begin_run<kThreads>(problem, own, cursor, partition, false, cta, max_ctas);
+    if (!guesses) return has_run ? kFound : kNoRun;
+    if (has_run) ask_for_keys();
+    wait_for_predecessor();
+    const Own now(problem, Int<kThreads>());
+    look_again();
+    const bool was_wrong = !now.is(own);
+    if (!__syncthreads_or(was_wrong)) return has_run ? kGuessed : kNoRun;
+    own = now;
+    guesses = false;
+  }
 }
 
 }  // namespace cupyattn
