@@ -233,25 +233,26 @@ def _cascade(args: argparse.Namespace) -> int:
     cost = CascadeCost.gqa(args.num_qo_heads, args.num_kv_heads, args.head_dim)
     levels, _, saving_us = tree.levels(choose=cost)
     sizes = level_sizes(64, len(requests) * group_size, args.block_size, levels)
-    if levels.num_levels == 1:
+    is_plain = levels.num_levels == 1
+    if is_plain:
         num_tiles = args.num_kv_heads * sizes[0][0]
         config = _decode_config(args, num_tiles)
-        overhead = 0
-        parts = choose_num_parts(
-            args.num_kv_heads // config.heads, num_tiles, config.ctas_per_sm * args.num_sms, args.num_sms
-        )
     else:
-        parts = 1
         config = cascade_config(args.arch, args.head_dim, sizes)
         num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
-        overhead = choose_group_overhead(config.group_overhead, num_tiles, config.ctas_per_sm * args.num_sms)
+    max_ctas = config.ctas_per_sm * args.num_sms
+    overhead, parts = 0, 1
+    if is_plain:
+        parts = choose_num_parts(args.num_kv_heads // config.heads, num_tiles, max_ctas, args.num_sms)
+    else:
+        overhead = choose_group_overhead(config.group_overhead, num_tiles, max_ctas)
     segments = cascade_schedule(
         levels,
         num_kv_heads=args.num_kv_heads // config.heads,
         group_size=group_size * config.heads,
         tile_kv=config.tile_kv,
         tile_q=config.tile_q,
-        max_ctas=config.ctas_per_sm * args.num_sms,
+        max_ctas=max_ctas,
         group_overhead=overhead,
         num_parts=parts,
     )
@@ -270,7 +271,7 @@ def _cascade(args: argparse.Namespace) -> int:
     rows.append(("own", f"{own} tokens"))
     rows.append(("saving", f"{saving_us:.1f} us, as CascadeCost sees it" if shared else "none: plain decode"))
     rows.append(("items", f"{len(segments)}, of up to {config.tile_q} query rows"))
-    print(_table(rows + _schedule_rows(segments, config.ctas_per_sm * args.num_sms)))
+    print(_table(rows + _schedule_rows(segments, max_ctas)))
     return 0
 
 

@@ -141,14 +141,14 @@ class AttentionPlan(Plan):
                         f"{self.caller}: {name} must be aligned to 16 bytes, got address {address:#x}"
                     )
 
-    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
         """Return pointers to the inputs, as the kernel takes them."""
         return super().bind(arrays, place)[: -len(OUTPUTS)]
 
     def _run(
         self,
         operands: tuple[Any, ...],
-        pointers: tuple[int, ...],
+        pointers: tuple[Any, ...],
         options: tuple[int, float, float, bool, bool],
     ) -> tuple[Any, Any]:
         out, lse, workspace = operands[-3:]

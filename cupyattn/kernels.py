@@ -23,7 +23,7 @@ DECODE_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 _KiB = 1024
 _RESERVED_SHARED_BYTES = 1 * _KiB  # that the system takes of an SM's shared memory for each CTA
-_STATIC_SHARED_BYTES = 2 * _KiB  # at most: what mla.cu declares with a fixed size
+_STATIC_SHARED_BYTES = 2 * _KiB  # at most: what a kernel declares with a fixed size, but for decode's notes
 #: Tiles of 64 keys and a KV head, for each SM, from which on pairs of heads are worked on. Of fewer, units of twice the
 #: bytes would be dealt out less evenly.
 _PAIR_TILES_PER_SM = 8
@@ -66,7 +66,7 @@ class DecodeConfig:
 
     @property
     def static_shared_bytes(self) -> int:
-        """What a CTA has of fixed size, at most: 16 bytes a thread are notes of requests (schedule.cuh)."""
+        """What a CTA has of fixed size, at most: with notes of requests (schedule.cuh), which cascades do without."""
         return 1 * _KiB + 16 * self.num_threads
 
     def shared_bytes_per_sm(self, head_dim: int) -> int:
@@ -465,7 +465,8 @@ DECODE = register_kernel(
             u32="group_multiplier",
             i32_="group_shift page_size",
             u32_="page_multiplier",
-            i32__="page_shift num_pages table_row_stride num_table_entries split_shift max_splits reads_early window_left",
+            i32__="page_shift num_pages table_row_stride num_table_entries split_shift max_splits reads_early "
+            "window_left",
             f32="sm_scale logits_soft_cap",
         ),
         instances=_decode_instances,

@@ -335,7 +335,7 @@ class _MLAAppendPlan(AppendPlan):
         ckv_pages, kpe_pages = (checks.element_strides(a)[:2] for a in (cache.ckv_pages, cache.kpe_pages))
         return (kpe_stride, 0, ckv_stride, 0, *kpe_pages, 0, *ckv_pages, 0), 1, cache.ckv_dim
 
-    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
         ckv, kpe, ckv_pages, kpe_pages, *others = super().bind(arrays, place)
         return (kpe, ckv, kpe_pages, ckv_pages, *others)
 

@@ -199,12 +199,12 @@ class Plan:
             checks.check_dtype(f"{self.caller}: qo_indptr", qo_indptr, "int32")
             checks.check_last_axis_contiguous(f"{self.caller}: qo_indptr", qo_indptr)
 
-    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[int, ...]:
+    def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
         """Check where the arrays lie, and return the pointers that `_run` needs: in this class, to all of them."""
         self.check_addresses(arrays, place)
         return place
 
-    def run(self, operands: Sequence[Any], pointers: tuple[int, ...], options: tuple[Any, ...] = ()) -> Any:
+    def run(self, operands: Sequence[Any], pointers: tuple[Any, ...], options: tuple[Any, ...] = ()) -> Any:
         """Do the operation with operands of this plan's signature, on their device; `pointers` are from `bind`."""
         if self.device is None:
             arrays = flatten(operands)
@@ -243,10 +243,10 @@ class PlanCache(Generic[_Plan]):
     def __init__(self, numpy_plan: type[_Plan], cupy_plan: type[_Plan] | None = None) -> None:
         self._backends = numpy_plan, cupy_plan or numpy_plan
         self._plans: dict[Any, _Plan] = {}
-        self._places: dict[Any, tuple[_Plan, tuple[int, ...]]] = {}
+        self._places: dict[Any, tuple[_Plan, tuple[Any, ...]]] = {}
         self.caller = numpy_plan.caller
 
-    def find(self, operands: Sequence[Any], settings: tuple[Any, ...] = ()) -> tuple[_Plan, tuple[int, ...]]:
+    def find(self, operands: Sequence[Any], settings: tuple[Any, ...] = ()) -> tuple[_Plan, tuple[Any, ...]]:
         """Return the plan for these operands and (hashable) settings, which its class gets too, and what it bound."""
         try:
             key = settings, look(operands)
@@ -258,7 +258,7 @@ class PlanCache(Generic[_Plan]):
 
     def _bind(
         self, operands: Sequence[Any], settings: tuple[Any, ...], key: tuple[Any, ...]
-    ) -> tuple[_Plan, tuple[int, ...]]:
+    ) -> tuple[_Plan, tuple[Any, ...]]:
         signature, place = split(operands, key)
         plan = self._plans.get((settings, signature))
         if plan is None:

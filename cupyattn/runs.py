@@ -148,7 +148,7 @@ class Runs:
     def fix(self, *arguments: int) -> None:
         """Set the kernel's arguments between its pointers and `table_row_stride`, for all calls.
 
-        Every launch starts early (see launch.cuh). One with `pdl` also reads lengths and tables early.
+        Every launch starts early (see launch.cuh). One with `pdl` also relies on lengths and tables as they are then.
         """
         fixed = (*arguments, *self._table_arguments)
         fields = self._kernel.layout.fields
@@ -181,7 +181,7 @@ class Runs:
 
 
 def table_arguments(pages: PageTable) -> tuple[int, int]:
-    """Return the stride of a table's rows, and how many entries from its start on a kernel may prefetch."""
+    """Return the stride of a table's rows, and how many entries from its start on a kernel may look at."""
     row_stride = 0 if pages.kv_indptr is not None else checks.element_strides(pages.kv_indices)[0]
     in_one_piece = not pages.is_dense or row_stride >= pages.kv_indices.shape[1]
     return row_stride, min(pages.kv_indices.size, 2**31 - 1) if in_one_piece else 0

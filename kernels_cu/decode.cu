@@ -69,10 +69,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   int page_size, u32 page_multiplier, int page_shift,     // Divisor
                   int num_pages,                        // that the cache has
                   int table_row_stride,
-                  int num_table_entries,                // of kv_indices, to prefetch
+                  int num_table_entries,                // of kv_indices, to prefetch, and to be guessed from
                   int split_shift,                      // log2 of the tiles of a fixed split
                   int max_splits,                       // that the workspace has slots for
-                  int reads_early,                     // what pdl=True allows, see launch.cuh
+                  int reads_early,                      // what pdl=True allows, see launch.cuh
                   int window_left,                      // -1: unbounded
                   float sm_scale,
                   float logits_soft_cap,                // 0: none
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const auto look_again = [&]() {
     if (found_at != nullptr) found_page = load_from_l2(found_at);
   };
-  constexpr bool kGuesses = kTileQ != 32;  // there are no registers for it
+  constexpr bool kGuesses = kLaunchesEarly && kTileQ != 32;  // 32 rows have no registers for it
   const Beginning beginning =
       guess_run<kThreads, kGuesses>(problem, reads_early, load, partition, ask_for_keys, look_again,
                                     blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
@@ -406,13 +406,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       const bool goes_on_first = !ends_segment || problem.is_noted_whole(load.request_idx + 1);
       if (goes_on_first) go_on();
       copy_tile(load_stage, slot, num_keys, num_hidden, policy);
-      if (!goes_on_first) go_on();
       if (tid == 0) {
         TileInfo& tile = smem_tiles[load_stage];
         tile = TileInfo::of<partials.kRowLines>(copied, problem, partition, begins_segment, ends_segment,
                                                 q_buffer);
         tile.enter_part(first_head, 2 * part * partition.num_ctas, kTileQ);
       }
+      if (!goes_on_first) go_on();
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kStages) q_buffer = 0;
       if (++load_stage == kStages) load_stage = 0;

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                int num_table_entries,              // of kv_indices, to prefetch
                int split_shift,                    // log2 of the tiles of a fixed split
                int max_splits,                     // that the workspace has slots for
-               int reads_early,                     // what pdl=True allows, see launch.cuh
+               int reads_early,                    // what pdl=True allows, see launch.cuh
                int window_left,                    // -1: unbounded
                float sm_scale,
                float logits_soft_cap,              // 0: none

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(384, 1)
                     int num_table_entries,              // of kv_indices, to prefetch
                     int split_shift,                    // fixed splits are mla.cu's
                     int max_splits,
-                    int reads_early,                     // what pdl=True allows, see launch.cuh
+                    int reads_early,                    // what pdl=True allows, see launch.cuh
                     int window_left,                    // -1: unbounded
                     float sm_scale,
                     float logits_soft_cap,              // 0: none

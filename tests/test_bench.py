@@ -1127,7 +1127,8 @@ def test_sanitizer_cascades_run_every_instance() -> None:
             config = kernels.cascade_config("sm_90", problem.head_dim, ())
             template = kernels.decode_template(problem.dtype, problem.head_dim, config)
             instance = "decode_cascade", *template
-            used = config.shared_bytes_per_sm(problem.head_dim) + config.ctas_per_sm * node_bytes
+            each = config.shared_bytes(problem.head_dim) + kernels._STATIC_SHARED_BYTES + 1024
+            used = config.ctas_per_sm * (each + node_bytes)
         else:
             mla = kernels.mla_sm90_cascade_config((), 132)
             if mla is None:

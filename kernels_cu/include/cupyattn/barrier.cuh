@@ -16,25 +16,28 @@ template <int kThreads>
 struct NamedBarrier {
   __device__ __forceinline__ void wait() const { sync_threads<kThreads>(); }
 };
+
 // `kNumThreads` of a CTA's threads, whole warps, that have a job together: all from thread 0 on, or one half of those.
 template <int kNumThreads>
 struct Team {
   static constexpr int kWarps = kNumThreads / 32;
-  int tid;   // in the team
-  int half;  // 0 for all
+  int tid;  // in the team
+  int half;
+  int barrier;  // of its own: the other half may be at the one of all threads already (or sync_warpgroup's, in kernels
+                // without halves)
 
   __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync %0, %1;" : : "r"(1 + half), "n"(kNumThreads) : "memory");
+    asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(kNumThreads) : "memory");
   }
 };
 template <int kThreads>
 __device__ __forceinline__ Team<kThreads> all_threads() {
-  return {static_cast<int>(threadIdx.x), 0};
+  return {static_cast<int>(threadIdx.x), 0, 1};
 }
 template <int kThreads>
 __device__ __forceinline__ Team<kThreads / 2> half_of_threads() {
   const int half = threadIdx.x / (kThreads / 2);
-  return {static_cast<int>(threadIdx.x) - half * (kThreads / 2), half};
+  return {static_cast<int>(threadIdx.x) - half * (kThreads / 2), half, 2 + half};
 }
 // The four warps of warpgroup `group`.
 __device__ __forceinline__ void sync_warpgroup(int group) {

@@ -16,8 +16,8 @@
 // the place of those that wait. Where other kernels hold SMs for so long that a CTA is done before all have started,
 // it departs, and leaves its lines to those that are done later.
 //
-// States are merged in an order that their number decides (and how many lines a CTA has, but for fixed splits), so
-// results do not depend on who came when.
+// States are merged in an order that their number decides (and, but for fixed splits, how many lines a CTA has, and whether
+// of two groups), so results do not depend on who came when.
 #pragma once
 
 #include "cupyattn/barrier.cuh"
@@ -267,7 +267,7 @@ struct GroupStates {
 
   const Partials& partials;
   const GroupSlots& group;
-  int own_states_log2;  // states that four lanes take: more, where there are more than eight times as many
+  int own_states_log2;  // log2 of the states that four lanes take; more where there are more than eight times as many
 
   // As many times four lanes as share the states of a line, in powers of two.
   __device__ __forceinline__ int parts_log2() const {

@@ -59,14 +59,14 @@ struct Problem {
   // With fixed splits only:
   int unit_shift;  // log2 of a split's tiles
   int max_splits;  // that there is memory for
-  // What begin_run has read of requests 0 .. num_notes - 1, in shared memory. Later, what a CTA reads from memory waits
-  // behind the copies that its SM has been asked for, for microseconds.
+  // What begin_run has read of the requests, in shared memory. Later, what a CTA reads from memory waits behind the
+  // copies that its SM has been asked for, for microseconds.
   struct alignas(16) Note {
     int qo_begin, qo_len, kv_len;
     int first_entry;  // of kv_indices, if there is kv_indptr
   };
   Note* notes;
-  int num_notes;
+  int num_notes;  // that there is room for; 0 if that is not for all requests
 
   template <bool kFromL2 = false>
   __device__ __forceinline__ void read(int b, int& qo_begin, int& qo_len, int& kv_len) const {
@@ -108,9 +108,8 @@ struct Problem {
   template <typename Request>
   __device__ __forceinline__ void place(int b, int end_b, int unit) const {}
   __device__ __forceinline__ bool is_noted(int b) const { return b < num_notes; }
-  __device__ __forceinline__ bool is_noted_whole(int b) const {
-    return is_noted(b);
-  }  // with its page ids' place
+  // And where its page ids are.
+  __device__ __forceinline__ bool is_noted_whole(int b) const { return is_noted(b); }
   template <typename Request>
   __device__ __forceinline__ Request noted(int b, const int*& pages_of_request) const {
     const Note note = notes[b];
@@ -483,17 +482,22 @@ __device__ __forceinline__ Beginning guess_run(const Problem& problem, bool read
                                                Cursor<kTileKV, kTileQ, kFixedSplits>& cursor,
                                                Partition& partition, const AskForKeys& ask_for_keys,
                                                const LookAgain& look_again, int cta, int max_ctas) {
-  constexpr int kMostKeys = 1 << 22;  // that are believed, so that sums of anything fit into 32 bits
+  constexpr int kMostKeys =
+      1 << 21;  // that are believed: with 256 heads and requests, sums of anything fit into 32 bits
   bool guesses = false;
   if constexpr (kGuesses && !kFixedSplits && !Problem::kIsCascade) {
-    guesses = !reads_early && problem.batch_size <= kThreads && problem.qo_indptr == nullptr;
+    guesses = !reads_early && problem.batch_size <= min(kThreads, 128) && problem.qo_indptr == nullptr &&
+              problem.num_kv_heads * problem.group_size.value < 256;
   }
   if (!guesses && (!reads_early || problem.writes_first())) wait_for_predecessor();
-  using Own = OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>>;
+  using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
+  using Own = OwnRequest<OneRequest>;
   Own own(problem, Int<kThreads>());
 #pragma unroll 1
   while (true) {  // twice at most, as the code is long
-    if (guesses && own.request.kv_len > kMostKeys) own.request.kv_len = 0;
+    if (guesses && own.request.kv_len > kMostKeys) {
+      own.request = OneRequest(own.request.qo_begin, own.request.qo_len, 0, problem.window_left);
+    }
     const bool has_run = begin_run<kThreads>(problem, own, cursor, partition, false, cta, max_ctas);
     if (!guesses) return has_run ? kFound : kNoRun;
     if (has_run) ask_for_keys();
