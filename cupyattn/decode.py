@@ -73,7 +73,7 @@ def decode(
         launch, from compute capability 9.0 on). What it has read before that one has finished, it reads again. With
         `pdl`, `kv_lens`, `kv_indptr`, `kv_indices` and `qo_indptr` are read before, once: the caller promises that the
         immediately preceding kernel does not write them. It may write `q` and the cache. (If that is a kernel of yours
-        that starts early itself, it must wait for the one before it: ours take it that all before has finished with it.)
+        that starts early itself, it must wait for the one before it: ours take it that all before it has finished.)
         No effect on NumPy, which has no stream.
     fixed_split_size : int, optional
         Batch-invariant mode: keys are cut every so many tokens (a power of two, at least 64; 2048 is a good

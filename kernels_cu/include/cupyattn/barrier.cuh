@@ -23,8 +23,9 @@ struct Team {
   static constexpr int kWarps = kNumThreads / 32;
   int tid;  // in the team
   int half;
-  int barrier;  // of its own: the other half may be at the one of all threads already (or sync_warpgroup's, in kernels
-                // without halves)
+  // Halves have barriers of their own, as the other one may be at that of all threads already: those of warpgroups, which
+  // no kernel has that has halves.
+  int barrier;
 
   __device__ __forceinline__ void sync() const {
     asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(kNumThreads) : "memory");
