@@ -402,8 +402,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         load.advance(problem);
         find_row();
       };
-      // Before the copies, behind which it would wait; but these do not wait for what a next request needs from memory.
-      const bool goes_on_first = !ends_segment || problem.is_noted_whole(load.request_idx + 1);
+      // Before the copies, behind which the page ids would wait. Not where next requests are read from memory: copies would
+      // wait for that; and many CTAs that share keys stay closer together so, for which L2 is the better.
+      const bool goes_on_first = problem.has_notes();
       if (goes_on_first) go_on();
       copy_tile(load_stage, slot, num_keys, num_hidden, policy);
       if (tid == 0) {

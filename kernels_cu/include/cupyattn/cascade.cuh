@@ -150,7 +150,7 @@ struct CascadeProblem {
   }
 
   __device__ __forceinline__ bool is_noted(int) const { return true; }
-  __device__ __forceinline__ bool is_noted_whole(int) const { return false; }
+  __device__ __forceinline__ bool has_notes() const { return false; }  // of where page ids are
   template <typename Request>
   __device__ __forceinline__ Request noted(int node) const {
     const Node note = nodes[node];

@@ -108,8 +108,8 @@ struct Problem {
   template <typename Request>
   __device__ __forceinline__ void place(int b, int end_b, int unit) const {}
   __device__ __forceinline__ bool is_noted(int b) const { return b < num_notes; }
-  // And where its page ids are.
-  __device__ __forceinline__ bool is_noted_whole(int b) const { return is_noted(b); }
+  // Whether advance() needs nothing from memory.
+  __device__ __forceinline__ bool has_notes() const { return num_notes > 0; }
   template <typename Request>
   __device__ __forceinline__ Request noted(int b, const int*& pages_of_request) const {
     const Note note = notes[b];
@@ -298,19 +298,24 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
   return end;
 }
 
-// What a thread of begin_run reads of the first of its requests, as it is in L2.
+// What a thread of begin_run reads of the first of its requests; `from_l2`: by no way through L1.
 template <typename OneRequest>
 struct OwnRequest {
   OneRequest request;
   const int* pages;
 
   template <int kThreads, typename Problem>
-  __device__ __forceinline__ OwnRequest(const Problem& problem, Int<kThreads>)
+  __device__ __forceinline__ OwnRequest(const Problem& problem, Int<kThreads>, bool from_l2)
       : request(0, 0, 0, -1), pages(nullptr) {
     const int b = threadIdx.x * ceil_div(problem.batch_size, kThreads);
     if (b >= problem.batch_size) return;
-    request = OneRequest(problem, b, Bool<true>());
-    pages = problem.template pages_of<true>(b);
+    if (from_l2) {
+      request = OneRequest(problem, b, Bool<true>());
+      pages = problem.template pages_of<true>(b);
+    } else {
+      request = OneRequest(problem, b);
+      pages = problem.pages_of(b);
+    }
   }
   __device__ __forceinline__ bool is(const OwnRequest& other) const {
     return request.qo_begin == other.request.qo_begin && request.qo_len == other.request.qo_len &&
@@ -465,7 +470,7 @@ template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTiles
 __device__ __forceinline__ bool begin_run(const Problem& problem,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
                                           Partition& partition, bool in_pairs = false) {
-  const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>> own(problem, Int<kThreads>());
+  const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>> own(problem, Int<kThreads>(), false);
   return begin_run<kThreads>(problem, own, cursor, partition, in_pairs, blockIdx.x, gridDim.x);
 }
 
@@ -492,7 +497,7 @@ __device__ __forceinline__ Beginning guess_run(const Problem& problem, bool read
   if (!guesses && (!reads_early || problem.writes_first())) wait_for_predecessor();
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
   using Own = OwnRequest<OneRequest>;
-  Own own(problem, Int<kThreads>());
+  Own own(problem, Int<kThreads>(), guesses);
 #pragma unroll 1
   while (true) {  // twice at most, as the code is long
     if (guesses && own.request.kv_len > kMostKeys) {
@@ -502,7 +507,7 @@ __device__ __forceinline__ Beginning guess_run(const Problem& problem, bool read
     if (!guesses) return has_run ? kFound : kNoRun;
     if (has_run) ask_for_keys();
     wait_for_predecessor();
-    const Own now(problem, Int<kThreads>());
+    const Own now(problem, Int<kThreads>(), true);
     look_again();
     const bool was_wrong = !now.is(own);
     if (!__syncthreads_or(was_wrong)) return has_run ? kGuessed : kNoRun;
