@@ -44,7 +44,7 @@ class DecodeConfig:
     num_stages: int
     ctas_per_sm: int
     heads: int = 1  # KV heads whose rows of keys a tile has side by side
-    packs_states: ClassVar[bool] = False
+    flags_states: ClassVar[bool] = False
     group_overhead: ClassVar[int] = 0
 
     @property
@@ -270,7 +270,7 @@ class MLAConfig:
     tile_kv: int
     num_stages: int
     query_buffers: int
-    packs_states: ClassVar[bool] = False
+    flags_states: ClassVar[bool] = False
     group_overhead: ClassVar[int] = 0
 
     @property
@@ -309,8 +309,8 @@ class MLASm90Config:
     group_overhead: ClassVar[int] = 2
 
     @property
-    def packs_states(self) -> bool:
-        """Whether it leaves PackedPartials."""
+    def flags_states(self) -> bool:
+        """Whether it leaves FlaggedPartials."""
         return not self.is_cascade
 
     @property
@@ -457,7 +457,7 @@ DECODE = register_kernel(
         ),
         args=_args(
             ptr="q k_pages v_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
-            "partial_out partial_lse departures",
+            "partial_out partial_flags departures",
             i64="q_stride_token q_stride_head k_stride_page k_stride_token k_stride_head "
             "v_stride_page v_stride_token v_stride_head out_stride_token out_stride_head "
             "lse_stride_token lse_stride_head",
@@ -507,7 +507,7 @@ MLA_DECODE = register_kernel(
         ),
         args=_args(
             ptr="q_ckv q_kpe ckv_pages kpe_pages qo_indptr kv_indptr kv_indices kv_lens out lse "
-            "partial_out partial_lse departures",
+            "partial_out partial_flags departures",
             i64="q_ckv_stride_token q_ckv_stride_head q_kpe_stride_token q_kpe_stride_head "
             "ckv_stride_page ckv_stride_token kpe_stride_page kpe_stride_token "
             "out_stride_token out_stride_head lse_stride_token lse_stride_head",

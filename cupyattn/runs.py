@@ -20,8 +20,7 @@ from cupyattn.schedule import choose_group_overhead
 # What comes first in a workspace: Departures<TileInfo>::Memory of partials.cuh.
 _MAX_CTAS = 4096
 _TILE_INFO_BYTES = 64
-_DEPARTURES_BYTES = 16 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
-_LSE_SHARE = 16  # of a partial state's bytes: 4 for each line of 64, or 8 for each packed one of 128
+_DEPARTURES_BYTES = 128 + _MAX_CTAS * (8 + 2 * _TILE_INFO_BYTES)
 _MAX_SLOTS = 2**17  # partial states, with fixed splits: several GB
 _MAX_NODES = 2**15  # groups of all levels of a cascade
 _NODE_BYTES = 16  # of Node in cascade.cuh
@@ -43,8 +42,8 @@ class Tiles(Protocol):
         """Keys of a tile."""
 
     @property
-    def packs_states(self) -> bool:
-        """Whether partial states are packed (see partials.cuh)."""
+    def flags_states(self) -> bool:
+        """Whether of partial states only the flags must be zero between launches (FlaggedPartials of partials.cuh)."""
 
     @property
     def group_overhead(self) -> int:
@@ -128,17 +127,17 @@ class Runs:
         if num_slots is None:
             num_slots = 2 * num_ctas
         self._slot_rows = num_slots * tiles.tile_q
-        state_bytes = (self._slot_rows + num_homes) * _row_bytes(head_dim, tiles)
+        state_bytes, flag_bytes = _state_bytes(self._slot_rows + num_homes, head_dim, tiles)
         layout = workspace_layout(kernel.device)
         self.needed_bytes = layout.end
-        if tiles.packs_states:
-            self._state_offset, self._lse_offset = layout.scratch, _DEPARTURES_BYTES
+        if tiles.flags_states:
+            self._state_offset, self._flags_offset = layout.scratch, _DEPARTURES_BYTES
         else:
             # Fixed splits may need more than there is; then they lie behind all others.
-            fits = _DEPARTURES_BYTES + state_bytes + state_bytes // _LSE_SHARE <= layout.scratch
+            fits = _DEPARTURES_BYTES + state_bytes + flag_bytes <= layout.scratch
             self._state_offset = _DEPARTURES_BYTES if fits else layout.end
-            self._lse_offset = self._state_offset + state_bytes
-            self.needed_bytes = max(layout.end, self._lse_offset + state_bytes // _LSE_SHARE)
+            self._flags_offset = self._state_offset + state_bytes
+            self.needed_bytes = max(layout.end, self._flags_offset + flag_bytes)
         self._prepare = functools.partial(
             kernel.prepare, num_ctas, tiles.num_threads, shared_mem=shared_bytes,
             cluster=cluster if cluster > 1 else None,
@@ -176,7 +175,7 @@ class Runs:
             pointers = (*pointers[: -2 - self.num_structs], *pointers[-2:])
             options = (*options, *structs)
         self._launchers[pdl].launch_plain(
-            (*pointers, start + self._state_offset, start + self._lse_offset, start, *options), stream
+            (*pointers, start + self._state_offset, start + self._flags_offset, start, *options), stream
         )
 
 
@@ -387,12 +386,11 @@ def workspace_layout(device: int) -> WorkspaceLayout:
     most_zeroed, most_scratch = 0, _MAX_NODES * _NODE_BYTES
     for tiles, head_dim, shared_bytes in shapes:
         num_ctas = min(properties.max_shared_per_sm // shared_bytes * properties.num_sms, _MAX_CTAS)
-        state_bytes = 2 * num_ctas * tiles.tile_q * _row_bytes(head_dim, tiles)
-        lse_bytes = state_bytes // _LSE_SHARE
-        if tiles.packs_states:
-            most_zeroed, most_scratch = max(most_zeroed, lse_bytes), max(most_scratch, state_bytes)
+        state_bytes, flag_bytes = _state_bytes(2 * num_ctas * tiles.tile_q, head_dim, tiles)
+        if tiles.flags_states:
+            most_zeroed, most_scratch = max(most_zeroed, flag_bytes), max(most_scratch, state_bytes)
         else:
-            most_zeroed = max(most_zeroed, state_bytes + lse_bytes)
+            most_zeroed = max(most_zeroed, state_bytes + flag_bytes)
     start = _DEPARTURES_BYTES + most_zeroed
     return WorkspaceLayout(start, start + most_scratch)
 
@@ -409,6 +407,8 @@ def is_zeroed(workspace: Any) -> bool:
         return not (workspace[: layout.scratch].any() or workspace[layout.end :].any())
 
 
-def _row_bytes(head_dim: int, tiles: Tiles) -> int:
-    """Return the bytes of a row of a partial state, without its lse."""
-    return head_dim * (2 if tiles.packs_states else 4)
+def _state_bytes(num_rows: int, head_dim: int, tiles: Tiles) -> tuple[int, int]:
+    """Return the bytes of so many rows of partial states, and of their flags; of whole lines (partials.cuh)."""
+    line_dims = 64 if tiles.flags_states else 32
+    num_lines = num_rows * math.ceil(head_dim / line_dims)
+    return 2 * line_dims * num_lines, 8 * num_lines

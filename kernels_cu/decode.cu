@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   const int* kv_lens,                   // [batch_size]
                   T* __restrict__ out,                  // as q
                   float* __restrict__ lse,              // [num_tokens, num_qo_heads] or null, natural log
-                  float* partial_out,                   // [num_slots, kTileQ, head_dim], see Partials
-                  float* partial_lse,                   // [num_slots, kTileQ, kHeadDim / 16], base 2
+                  half_t* partial_out,                  // [num_slots, kTileQ, head_dim], see Partials
+                  u64* partial_flags,                   // [num_slots, kTileQ, head_dim / 32]
                   Departures<TileInfo>::Memory* departures,  // all zero between launches, as both above
                   i64 q_stride_token, i64 q_stride_head,
                   i64 k_stride_page, i64 k_stride_token, i64 k_stride_head,
@@ -84,6 +84,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kTileQ = kWarpRows * kWarpsQ;
   constexpr int kKeysPerWarp = kTileKV / kWarpsKV;
   constexpr int kLongRun = 64;  // tiles
+  // Of a merge, as there are registers: inside the loop over tiles, where fixed splits are merged, fewer than after it.
+  constexpr bool kFewRegisters = kCtasPerSM > 2 || (kFixedSplits && kTileQ == 32);
+  constexpr int kStatesInFlight = (kFixedSplits ? 4 : 8) / (kFewRegisters ? 2 : 1);
   constexpr int kKeyBlocks = kKeysPerWarp / 16;
   constexpr int kDimSteps = kHeadDim / 16;
   constexpr int kRowDims = kHeads * kHeadDim;  // of a row of keys
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       kv_lens, batch_size, num_kv_heads, group, window_left, split_shift, max_splits, cascade...);
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
-  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_lse};
+  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_flags};
   const Output<T, kTileQ> output{
       out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, group};
 
@@ -179,7 +182,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       QueryLayout::offset(warp_q * kWarpRows + lane % 8 + (kRowBlocks > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
   u32 k_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 16, lane / 16);
   u32 v_offset = Layout::offset(warp_kv * kKeysPerWarp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
-  if constexpr (kTileQ <= 16) {  // with more rows there are no registers to keep it in
+  if constexpr (kTileQ <= 16 &&
+                !(kFixedSplits && kCtasPerSM > 2)) {  // with more rows there are no registers to keep it in
     pin(strides.page), pin(strides.token), pin(strides.head), pin(pages_begin);
     pin(q_offset), pin(k_offset), pin(v_offset);
   }
@@ -653,7 +657,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     // --- End of a segment: its state is the result or the run's partial state. ---
     const int num_rows = tile.num_rows<kTileQ>(group);
     const bool is_complete = tile.group.num_partials == 1;
-    if (!kIsCascade && !is_complete && tid == 0) smem_run_end.add(tile);
+    if (!kIsCascade && !is_complete && tid < 4) smem_run_end.add_together(tile);
     const auto result_at = [&](int row, int dim) {
       if constexpr (kIsCascade) {
         return result_row(problem, output, tile, row, dim);
@@ -683,22 +687,27 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         stats[half] = make_float2(own.inverse_sum(), own.lse_log2());
       }
       __syncwarp();
-      constexpr int kLanes = kHeadDim / 4;  // of a row
-      const int dim = lane % kLanes * 4;
+      constexpr int kLanes = partials.kRowVecs;  // of a row
+      const int vec = lane % kLanes;
+      const int dim = partials.first_dim(vec);
       const int end_row = min(num_rows - warp * 16, 16);
 #pragma unroll 2
       for (int row = lane / kLanes; row - lane / kLanes < end_row; row += 32 / kLanes) {
         const float inverse = __shfl_sync(0xffffffffu, row < 8 ? stats[0].x : stats[1].x, row % 8 * 4);
         const float lse_log2 = __shfl_sync(0xffffffffu, row < 8 ? stats[0].y : stats[1].y, row % 8 * 4);
-        float4 value = *reinterpret_cast<const float4*>(own_rows + row * kHeadDim + (dim ^ row % 4 * 8));
-        value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
-        if (row >= end_row) continue;
-        if (is_complete) {
+        const auto columns_from = [&](int dim) {
+          return *reinterpret_cast<const float4*>(own_rows + row * kHeadDim + (dim ^ row % 4 * 8));
+        };
+        const float4 first = columns_from(dim);
+        const float4 second = columns_from(dim + partials.kSpan);
+        if (!is_complete) {
+          partials.write(tile.state_row + warp * 16 + row, vec, first, second, inverse, lse_log2,
+                         row < end_row);
+        } else if (row < end_row) {
           const auto target = result_at(warp * 16 + row, dim);
-          target.write(0, value);
+          target.write(0, first * inverse);
+          target.write(partials.kSpan, second * inverse);
           target.write_lse(lse_log2);
-        } else {
-          partials.write(tile.state_row + warp * 16 + row, dim, value, lse_log2);
         }
       }
     } else {
@@ -731,18 +740,23 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   acc[step][pass * kPassBlocks + block][i];
             }
         __syncthreads();
-        constexpr u32 kVecs = kHeadDim / 4;
+        constexpr u32 kVecs = partials.kRowVecs;
         const int pass_row = pass * kPassRows;
         const u32 num_vecs = max(min(num_rows - pass_row, kPassRows * kWarpsQ), 0) * kVecs;
 #pragma unroll 1
-        for (u32 i = tid; i < num_vecs; i += kThreads) {
-          const u32 row = i / kVecs;
-          const u32 dim = i % kVecs * 4;
+        for (u32 i = tid; (i & ~31u) < num_vecs; i += kThreads) {
+          const bool exists = i < num_vecs;
+          const u32 row = exists ? i / kVecs : 0;
+          const u32 vec = i % kVecs;
+          const u32 dim = partials.first_dim(vec);
+          const bool has_more = partials.has_more(dim);
           // A warp's is kWarpRows, or of what is in the scratch memory kPassRows, after the last one's.
           const u32 first_warp = row / kPassRows * kWarpsKV;
           const u32 in_warp = slot_of_row(row % kPassRows);
           const float2* states = smem_states + first_warp * kWarpRows + pass_row + in_warp;
           const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + in_warp, dim);
+          const float* more =
+              smem_scratch + scratch_at(first_warp * kPassRows + in_warp, dim + partials.kSpan);
           float2 theirs[kWarpsKV];
           SoftmaxState merged;
 #pragma unroll
@@ -750,24 +764,27 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
             theirs[w] = states[w * kWarpRows];
             merged.max = fmaxf(merged.max, theirs[w].x);
           }
-          float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          float4 first = {};
+          float4 second = {};
 #pragma unroll
           for (int w = 0; w < kWarpsKV; ++w) {
             static_assert(kPassRows % 8 == 0, "swizzled as the first warp's");
             const float weight = merged.weight(theirs[w].x);
-            const float4 x = *reinterpret_cast<const float4*>(rows + w * kPassRows * kScratchRow);
             merged.sum += weight * theirs[w].y;
-            value.x += weight * x.x, value.y += weight * x.y, value.z += weight * x.z,
-                value.w += weight * x.w;
+            first += *reinterpret_cast<const float4*>(rows + w * kPassRows * kScratchRow) * weight;
+            if (has_more) {
+              second += *reinterpret_cast<const float4*>(more + w * kPassRows * kScratchRow) * weight;
+            }
           }
           const float inverse = merged.inverse_sum();
-          value.x *= inverse, value.y *= inverse, value.z *= inverse, value.w *= inverse;
-          if (is_complete) {
+          if (!is_complete) {
+            partials.write(tile.state_row + pass_row + row, vec, first, second, inverse, merged.lse_log2(),
+                           exists);
+          } else if (exists) {
             const auto target = result_at(pass_row + row, dim);
-            target.write(0, value);
+            target.write(0, first * inverse);
+            if (has_more) target.write(partials.kSpan, second * inverse);
             target.write_lse(merged.lse_log2());
-          } else {
-            partials.write(tile.state_row + pass_row + row, dim, value, merged.lse_log2());
           }
         }
       }
@@ -778,8 +795,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the scratch memory is free again
-      merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, tile, 2, smem_scratch);
+      merge_share<kStatesInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
+                                                 smem_scratch);
     }
+    if (ends_run) break;
     clear();
   }
 
@@ -792,7 +811,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     });
   } else {
     smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
-      merge_side_by_side<kThreads, kFixedSplits>(partials, output, shares, smem_scratch);
+      merge_side_by_side<kStatesInFlight, kThreads, kFixedSplits>(partials, output, shares, smem_scratch);
     });
   }
 }

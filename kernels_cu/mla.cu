@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                const int* kv_lens,                 // [batch_size]
                T* __restrict__ out,                // as q_ckv
                float* __restrict__ lse,            // [num_tokens, num_qo_heads] or null, natural log
-               float* partial_out,                 // [num_slots, kTileQ, 512], see Partials
-               float* partial_lse,                 // [num_slots, kTileQ, 32], base 2
+               half_t* partial_out,                // [num_slots, kTileQ, 512], see Partials
+               u64* partial_flags,                 // [num_slots, kTileQ, 16]
                Departures<TileInfo>::Memory* departures,  // all zero between launches, as both above
                i64 q_ckv_stride_token, i64 q_ckv_stride_head,
                i64 q_kpe_stride_token, i64 q_kpe_stride_head,
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                  kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
-  const Partials<kCkvDim, kTileQ> partials{partial_out, partial_lse};
+  const Partials<kCkvDim, kTileQ> partials{partial_out, partial_flags};
   const Output<T, kTileQ> output{
       out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, heads};
   // A capped logit is cap * tanh(s * sm_scale / cap); both kinds are scaled to base 2.
@@ -471,33 +471,40 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
           }
       }
       __syncthreads();
-      constexpr int kVecs = kCkvDim / 4;
+      constexpr int kVecs = partials.kRowVecs;
+      static_assert(kVecs % 32 == 0, "a warp is in one row");
 #pragma unroll 1
       for (int i = tid; i < min(num_rows - pass_row, kPassRows) * kVecs; i += kThreads) {
-        const int dim = i % kVecs * 4;
-        const float2 inverse_and_lse = smem_states[pass_row + i / kVecs];
-        float4 x = *reinterpret_cast<const float4*>(smem_scratch + i / kVecs * kScratchRow + dim);
-        x.x *= inverse_and_lse.x, x.y *= inverse_and_lse.x, x.z *= inverse_and_lse.x,
-            x.w *= inverse_and_lse.x;
+        const int row = pass_row + i / kVecs;
+        const int dim = partials.first_dim(i % kVecs);
+        const float2 inverse_and_lse = smem_states[row];
+        const float* source = smem_scratch + i / kVecs * kScratchRow + dim;
+        const float4 first = *reinterpret_cast<const float4*>(source);
+        const float4 second = *reinterpret_cast<const float4*>(source + partials.kSpan);
         if (is_complete) {
-          if constexpr (kIsCascade) {
-            write_result(problem, output, tile, pass_row + i / kVecs, dim, x, inverse_and_lse.y);
-          } else {
-            output.write(tile, pass_row + i / kVecs, dim, x, inverse_and_lse.y);
-          }
+          const auto target = [&]() {
+            if constexpr (kIsCascade) return result_row(problem, output, tile, row, dim);
+            return output.row_at(tile, row, dim);
+          }();
+          target.write(0, first * inverse_and_lse.x);
+          target.write(partials.kSpan, second * inverse_and_lse.x);
+          target.write_lse(inverse_and_lse.y);
         } else {
-          partials.write(tile.state_row + pass_row + i / kVecs, dim, x, inverse_and_lse.y);
+          partials.write(tile.state_row + row, i % kVecs, first, second, inverse_and_lse.x, inverse_and_lse.y,
+                         true);
         }
       }
     }
-    if (!kIsCascade && !is_complete && tid == 0) smem_run_end.add(tile);
+    if (!kIsCascade && !is_complete && tid < 4) smem_run_end.add_together(tile);
     // Page ids that L1 keeps take room from copies under way, see decode.cu.
     if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the logits have been read
-      merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, tile, 2, smem_logits);
+      merge_share<kFixedSplits ? 4 : 8, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
+                                                      smem_logits);
     }
+    if (ends_run) break;
     clear();
   }
   if (!reads_early) launch_dependents();
@@ -510,7 +517,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   } else {
     smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
       merge_in_turn(shares, [&](const TileInfo& share) {
-        merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, share, 2, smem_logits);
+        merge_share<kFixedSplits ? 4 : 8, kFixedSplits>(all_threads<kThreads>(), partials, output, share,
+                                                        smem_logits);
       });
     });
   }

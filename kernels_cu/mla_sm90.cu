@@ -30,7 +30,7 @@
 //   keys, values       2 tiles x 64 rows, 72 KiB each; where a segment ends, its results in the place of its last tile
 //   weights            8 KiB
 // A row of the query tile is (query token, query head): row = token * num_heads + head.
-// Partial states are packed (partials.cuh), but for cascades, whose merge takes single rows from all over.
+// Partial states have flags (partials.cuh), but for cascades, whose merge takes single rows from all over.
 
 #include "cupyattn/barrier.cuh"
 #include "cupyattn/cascade.cuh"
@@ -70,9 +70,9 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier
     run_end.merge(ctas, barrier, [&](const auto& shares) {
       merge_in_turn(shares, [&](const TileInfo& share) {
         if (share.first_line >= share.end_line) return;
-        merge_packed_lines<kThreads>(partials, share.group, share.first_line, share.end_line,
-                                     reinterpret_cast<unsigned char*>(scratch),
-                                     [&](int row, int dim) { return output.row_at(share, row, dim); });
+        merge_flagged_lines<kThreads>(partials, share.group, share.first_line, share.end_line,
+                                      reinterpret_cast<unsigned char*>(scratch),
+                                      [&](int row, int dim) { return output.row_at(share, row, dim); });
       });
     });
   }
@@ -122,10 +122,10 @@ __global__ void __launch_bounds__(384, 1)
                     const int* kv_lens,                 // [batch_size]
                     T* __restrict__ out,                // as q_ckv
                     float* __restrict__ lse,            // [num_tokens, num_qo_heads] or null, natural log
-                    float* partial_out,                 // [num_slots, kTileQ, 512], see Partials, PackedPartials
-                    float* partial_lse,                 // [num_slots, kTileQ, 32 or 8 pairs], base 2
-                    Departures<TileInfo>::Memory* departures,  // all zero between launches, as partial_lse
-                                                               // and, if not packed, partial_out
+                    half_t* partial_out,                // [num_slots, kTileQ, 512], see Partials, FlaggedPartials
+                    u64* partial_flags,                 // [num_slots, kTileQ, 16 or 8]
+                    Departures<TileInfo>::Memory* departures,  // all zero between launches, as partial_flags
+                                                               // and, of cascades, partial_out
                     i64 q_ckv_stride_token, i64 q_ckv_stride_head,
                     i64 q_kpe_stride_token, i64 q_kpe_stride_head,
                     i64 ckv_stride_page, i64 ckv_stride_token,
@@ -176,13 +176,12 @@ __global__ void __launch_bounds__(384, 1)
   };
   const auto problem = make_problem();
   // Functions: what has an address, for a call to read, is in memory everywhere.
-  constexpr bool kPacks = !kIsCascade;
+  constexpr bool kHasFlags = !kIsCascade;
   const auto slots = [&]() {
-    if constexpr (kPacks) {
-      return PackedPartials<2 * kColumns, kTileQ>{reinterpret_cast<half_t*>(partial_out),
-                                                  reinterpret_cast<u64*>(partial_lse)};
+    if constexpr (kHasFlags) {
+      return FlaggedPartials<2 * kColumns, kTileQ>{partial_out, partial_flags};
     } else {
-      return Partials<2 * kColumns, kTileQ>{partial_out, partial_lse};
+      return Partials<2 * kColumns, kTileQ>{partial_out, partial_flags};
     }
   };
   using Slots = decltype(slots());
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(384, 1)
   // the weights that this group has seen, of segments in turn: a group may be at the next one's end.
   __shared__ float smem_max[2][kRows];
   __shared__ float smem_sums[2][2][kRows];
-  __shared__ float smem_scales[kPacks ? 2 : 1][kTileQ];  // of packed rows' halves
+  __shared__ float smem_scales[kHasFlags ? 2 : 1][kTileQ];  // of rows' halves
   // Of a tile: written before its halves are full, read until its states are written. Then the third tile after it may have
   // been begun, but not the fourth.
   constexpr int kNotes = 4;
@@ -837,14 +836,14 @@ __global__ void __launch_bounds__(384, 1)
         return make_float2(of_row.inverse_sum(), of_row.lse_log2());
       };
       const float2 own_stats = stats_of(first_row + lane % kWarpRows);  // a lane has such a row
-      if (kPacks || is_complete) {
+      if (kHasFlags || is_complete) {
         // Its numbers, of 16 bits, take the place of the tile's values: rows of 512 bytes, with chunks of 16 XORed with
         // the row's last three bits, so that neither columns of pairs nor rows are in the same banks.
         constexpr int kRowBytes = kColumns * 2;
         const u32 place = smem_address_of(smem_q) + tile_offset;
         if (warp_row < num_rows) {
           float factor[2] = {stats_of(warp_row + lane / 4).x, stats_of(warp_row + lane / 4 + 8).x};
-          if (kPacks && !is_complete) {
+          if (kHasFlags && !is_complete) {
             // A quad has a row of this half of the columns.
             const auto largest_of = [&](int half, auto of_finite) {
               float largest = 0.0f;
@@ -889,7 +888,7 @@ __global__ void __launch_bounds__(384, 1)
           };
           if (is_complete) {
             pack(T());
-          } else if constexpr (kPacks) {
+          } else if constexpr (kHasFlags) {
             pack(half_t());
           }
         }
@@ -908,7 +907,7 @@ __global__ void __launch_bounds__(384, 1)
           }();
           own_target = reinterpret_cast<u64>(result.out + group * kColumns);
           if (group == 0 && lane < kWarpRows && own_row < num_rows) result.write_lse(own_stats.y);
-        } else {
+        } else if constexpr (kHasFlags) {
           own_target = reinterpret_cast<u64>(slots().row_at(last.state_row + own_row) + group * kColumns);
         }
 #pragma unroll 4
@@ -918,7 +917,7 @@ __global__ void __launch_bounds__(384, 1)
           const u64 target = __shfl_sync(0xffffffffu, own_target, row - first_row);
           if (row < num_rows) store16(target + lane * 16, x);
         }
-        if constexpr (kPacks) {
+        if constexpr (kHasFlags) {
           if (!is_complete) {
             __syncwarp();
             fence_acq_rel();  // flags after what they stand for
@@ -929,12 +928,12 @@ __global__ void __launch_bounds__(384, 1)
               const int line = group * kHalfLines + i % kHalfLines;
               if (row < num_rows) {
                 store_relaxed(slots().flag_at(0, (last.state_row + row) * Slots::kRowLines + line),
-                              packed_flag(stats_of(row).y, smem_scales[group][row]));
+                              line_flag(stats_of(row).y, smem_scales[group][row]));
               }
             }
           }
         }
-      } else if constexpr (!kPacks) {
+      } else if constexpr (!kHasFlags) {
         // Pairs of columns that a quad has of a row: through shared memory, a warp writes 128 next to each other; and
         // where there are few rows, each warp some of them. Four columns lie in a place that is XORed with twice the
         // row's last two bits, so that rows are in different banks.
@@ -963,9 +962,7 @@ __global__ void __launch_bounds__(384, 1)
         const int rows_left = num_rows - first_row;  // from the warp's first one on
         if (rows_left > 0) {
           const auto partials = slots();
-          const int own_row = first_row + min(lane % kWarpRows, rows_left - 1);
-          const u64 own_target =
-              reinterpret_cast<u64>(partials.row_at(last.state_row + own_row) + group * kColumns);
+          static_assert(kColumns == 2 * partials.kSpan && kColumns == 8 * 32, "a row of a group is a warp's");
           // Rows begin .. end - 1 of the warp, from the first place on; several at once, without branches: a row alone
           // is a chain of latencies.
           const auto write = [&](const float4* places, int begin, int end) {
@@ -981,14 +978,9 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
               for (int j = 0; j < kAtOnce; ++j) {
                 const float factor = __shfl_sync(0xffffffffu, own_stats.x, first + j);
-                const u64 target = __shfl_sync(0xffffffffu, own_target, first + j);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  if (first + j >= rows_left) continue;
-                  partials.write4(reinterpret_cast<float*>(target) + (i * 32 + lane) * 4,
-                                  make_float4(x[j][i].x * factor, x[j][i].y * factor, x[j][i].z * factor,
-                                              x[j][i].w * factor));
-                }
+                partials.write(last.state_row + first_row + first + j, group * 32 + lane, x[j][0], x[j][1],
+                               factor, __shfl_sync(0xffffffffu, own_stats.y, first + j),
+                               first + j < rows_left);
               }
             }
           };
@@ -1007,15 +999,6 @@ __global__ void __launch_bounds__(384, 1)
               write(staging, half * 8, half * 8 + 8);
               __syncwarp();
             }
-          }
-          constexpr int kLines = kColumns / Slots::kLineDims;
-#pragma unroll 1
-          for (int i = lane; i < kWarpRows * kLines; i += 32) {
-            const int row = i / kLines;
-            const float row_lse = __shfl_sync(0xffffffffu, own_stats.y, row);
-            if (row >= rows_left) continue;
-            partials.write_lse(last.state_row + first_row + row,
-                               group * kColumns + i % kLines * Slots::kLineDims, row_lse);
           }
         }
       }

@@ -189,7 +189,7 @@ def test_shapes_of_the_sm90_kernel():
     for rows in ROWS:
         config = kernels.mla_sm90_config(rows, 10**6, 132)
         assert config in kernels.MLA_SM90_CONFIGS
-        assert config.packs_states
+        assert config.flags_states
         assert config.shared_bytes + 4 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
         assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
@@ -213,7 +213,7 @@ def test_shapes_for_cascades():
     assert mla([(10, 16), (10, 17)], 132).tile_q > 16
     for levels in ([(128, 2048), (1024, 16)], [(9, 512), (6326, 16)]):
         assert mla(levels, 132).is_cascade
-        assert not mla(levels, 132).packs_states
+        assert not mla(levels, 132).flags_states
 
 
 @pytest.mark.parametrize("arch", CI_ARCHS)

@@ -324,14 +324,6 @@ __device__ __forceinline__ auto result_row(const CascadeProblem& problem, const 
   const int head = tile.kv_head * problem.group_size.value + problem.group_size.modulo(in_request, token);
   return output.row_of(problem.row_of(tile.qo_begin + token), head, dim);
 }
-template <typename T, int kTileQ>
-__device__ __forceinline__ void write_result(const CascadeProblem& problem, const Output<T, kTileQ>& output,
-                                             const TileInfo& tile, int row, int dim, const float4& value,
-                                             float lse_log2) {
-  const auto target = result_row(problem, output, tile, row, dim);
-  target.write(0, value);
-  target.write_lse(lse_log2);
-}
 
 // The states of rows of the result, as merge_lines asks for them. Lines are those of all rows: (token, query head) and
 // line of the row. Where a row's states lie in each level is found by its lanes together, into shared memory.
@@ -343,6 +335,7 @@ struct RowStates {
     int num_states;
   };
   static constexpr bool kClearsAtOnce = true;  // finding states again costs more
+  static constexpr bool kMayBeNone = true;
   static constexpr int kScratchBytes = kWarps * 8 * kMaxLevels * sizeof(Found);
 
   const CascadeProblem& problem;

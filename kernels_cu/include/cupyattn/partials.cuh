@@ -4,13 +4,13 @@
 // written as zero bits (+0 is written as -0): a word that is not zero is there. So readers need no fence, no counter
 // and no barrier, and merge what is there while they wait for the rest.
 //
-// Of large states that would cost too much: every word is written twice and asked for more than once. They are *packed*:
-// columns of 16 bits, and a *flag* for every 64 of them, which alone is such a word; what it stands for is written before,
-// and need not be zero at first.
+// A *line* is 32 columns of a row, half_t with a common factor (64 bytes, four lanes with 16 each), and a word of 64 bits,
+// its *flag*: the row's lse, and that factor. The CTAs that share a group share its lines. Each takes its own when its run
+// is done; it reads them in all states of the group and sets them back to zero, so that a captured graph can be replayed.
 //
-// A *line* is 16 columns of a row (64 bytes, four lanes with 16 each), or 64 of a packed one, and a copy of the row's
-// lse. The CTAs that share a group share its lines. Each takes its own when its run is done; it reads them in all
-// states of the group and sets them back to zero, so that a captured graph can be replayed.
+// Of large states that would cost too much: every word is written twice and asked for more than once. There a line is 64
+// columns, and its flag alone is such a word; what it stands for is written before, and need not be zero at first
+// (FlaggedPartials).
 //
 // Nobody waits before it has written all that others wait for, nor for a CTA that has not started: that one may need
 // the place of those that wait. Where other kernels hold SMs for so long that a CTA is done before all have started,
@@ -28,29 +28,20 @@
 namespace cupyattn {
 
 // Words that other CTAs read or write at the same time; in L2, where all SMs see the same.
-__device__ __forceinline__ float load_relaxed(const float* gmem) {
-  float x;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(gmem) : "memory");
-  return x;
-}
-__device__ __forceinline__ float4 load_relaxed(const float4* gmem) {
-  float4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+__device__ __forceinline__ uint4 load_relaxed(const uint4* gmem) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(gmem)
                : "memory");
   return x;
 }
-__device__ __forceinline__ void store_relaxed(float* gmem, float x) {
-  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" : : "l"(gmem), "f"(x) : "memory");
-}
-__device__ __forceinline__ void store_relaxed(float4* gmem, const float4& x) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};"
+__device__ __forceinline__ void store_relaxed(uint4* gmem, const uint4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};"
                :
-               : "l"(gmem), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "l"(gmem), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
 }
-
 __device__ __forceinline__ u64 load_relaxed(const u64* gmem) {
   u64 x;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(gmem) : "memory");
@@ -83,47 +74,15 @@ __device__ __forceinline__ u64 atomic_cas(u64* gmem, u64 expected, u64 x) {
 // Before a flag is written, and after one has been read.
 __device__ __forceinline__ void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-__device__ __forceinline__ bool is_there(float word) { return __float_as_uint(word) != 0; }
-__device__ __forceinline__ float never_zero_bits(float x) { return is_there(x) ? x : -0.0f; }
-
-// Scratch memory of a launch, by slots.
-template <int kHeadDim, int kTileQ>
-struct Partials {
-  static constexpr int kLineDims = 16;
-  static constexpr int kRowLines = kHeadDim / kLineDims;
-
-  float* out;       // [num_slots, kTileQ, kHeadDim]
-  float* lse_log2;  // [num_slots, kTileQ, kRowLines]: the row's, once a line
-
-  // Lines are counted over all slots: up to 2^31, of 64 bytes or more.
-  __device__ __forceinline__ float4* line_at(int line) const {
-    return reinterpret_cast<float4*>(out + static_cast<i64>(line) * kLineDims);
+// Adds eight columns that have been packed.
+__device__ __forceinline__ void add_eight(float (&acc)[8], float weight, const uint4& packed) {
+  const u32 words[] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack2(words[i]);
+    acc[2 * i] += weight * pair.x, acc[2 * i + 1] += weight * pair.y;
   }
-  __device__ __forceinline__ float* lse_at(int line) const { return lse_log2 + line; }
-  __device__ __forceinline__ int line_of(int slot, int line) const {
-    return slot * (kTileQ * kRowLines) + line;
-  }
-  __device__ __forceinline__ float* row_at(int row) const { return out + static_cast<i64>(row) * kHeadDim; }
-  __device__ __forceinline__ float* lse_at_row(int row, int dim) const {
-    return lse_log2 + static_cast<i64>(row) * kRowLines + dim / kLineDims;
-  }
-
-  // Four columns of a row from `dim` on. Rows are counted over all slots.
-  __device__ __forceinline__ void write(int row, int dim, const float4& x, float row_lse_log2) const {
-    write4(row_at(row) + dim, x);
-    if (dim % kLineDims == 0) write_lse(row, dim, row_lse_log2);
-  }
-
-  // The same in steps. First, in a row:
-  __device__ __forceinline__ void write4(float* target, float4 x) const {
-    x = make_float4(never_zero_bits(x.x), never_zero_bits(x.y), never_zero_bits(x.z), never_zero_bits(x.w));
-    store_relaxed(reinterpret_cast<float4*>(target), x);
-  }
-  // And each line's lse.
-  __device__ __forceinline__ void write_lse(int row, int dim, float row_lse_log2) const {
-    store_relaxed(lse_at_row(row, dim), never_zero_bits(row_lse_log2));
-  }
-};
+}
 
 // By what a row's numbers are multiplied before they are packed, a power of two: `largest`, of the finite ones, then is
 // near the top of what half_t holds, so that those down to 2^-29 of it are as exact, and those of less than 2^-39 of it
@@ -138,21 +97,90 @@ __device__ __forceinline__ float reciprocal_of_power(float x) {
   return __uint_as_float((254u << 23) - __float_as_uint(x));
 }
 
-// A row's flag, see below.
-__device__ __forceinline__ u64 packed_flag(float row_lse_log2, float factor) {
+// A line's flag: low word the row's lse in base 2, high word the factor of its numbers, which is not 0.
+__device__ __forceinline__ u64 line_flag(float row_lse_log2, float factor) {
   return static_cast<u64>(__float_as_uint(factor)) << 32 | __float_as_uint(row_lse_log2);
 }
+__device__ __forceinline__ float lse_of(u64 flag) { return __uint_as_float(static_cast<u32>(flag)); }
+__device__ __forceinline__ float factor_of(u64 flag) { return __uint_as_float(static_cast<u32>(flag >> 32)); }
 
-// The same of packed states.
+// Scratch memory of a launch, by slots.
 template <int kHeadDim, int kTileQ>
-struct PackedPartials {
+struct Partials {
+  static constexpr int kLineDims = 32;
+  static constexpr int kRowLines = ceil_div(kHeadDim, kLineDims);
+  static constexpr int kRowDims = kRowLines * kLineDims;  // the last line may be half empty
+  static constexpr int kRowVecs = kRowDims / 8;           // eight columns are a lane's
+  // Four of a lane's columns lie side by side, the other four kSpan further: so lanes read rows of floats in shared memory
+  // without conflicts. In halves of 512 columns each has its own.
+  static constexpr int kSpan = (kRowDims < 256 ? kRowDims : 256) / 2;
+
+  half_t* out;  // [num_slots, kTileQ, kRowDims], by lines and lanes
+  u64* flags;   // [num_slots, kTileQ, kRowLines]
+
+  // Lines are counted over all slots: up to 2^31, of 64 bytes or more.
+  __device__ __forceinline__ uint4* line_at(int line) const {
+    return reinterpret_cast<uint4*>(out + static_cast<i64>(line) * kLineDims);
+  }
+  __device__ __forceinline__ u64* flag_at(int line) const { return flags + line; }
+  static __device__ __forceinline__ int line_of(int slot, int line) {
+    return slot * (kTileQ * kRowLines) + line;
+  }
+
+  // The first of a lane's columns; lane `vec` of a row's kRowVecs, `vec` % 4 of a line's.
+  static __device__ __forceinline__ int first_dim(int vec) {
+    return vec / (kSpan / 4) * (2 * kSpan) + vec % (kSpan / 4) * 4;
+  }
+  // Whether a lane's other four columns exist.
+  static __device__ __forceinline__ bool has_more(int first_dim) {
+    return kRowDims == kHeadDim || first_dim + kSpan < kHeadDim;
+  }
+
+  // A lane's columns of a row: `first` and `second`, times `factor`, which is not negative. Rows are counted over all slots.
+  // All lanes of a warp call it, whether or not theirs `exists`, but the four of a line alike.
+  __device__ __forceinline__ void write(int row, int vec, const float4& first, const float4& second,
+                                        float factor, float row_lse_log2, bool exists) const {
+    const float x[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+    const auto largest_of = [&](u32 lanes, auto of_finite) {
+      float largest[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        largest[i] = fabsf(x[i]);
+        if (of_finite.value && !(largest[i] * factor < -neg_infinity())) largest[i] = 0.0f;
+      }
+#pragma unroll
+      for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; ++i) largest[i] = fmaxf(largest[i], largest[i + half]);
+      largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 1));
+      largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 2));
+      return largest[0] == 0.0f ? 0.0f : largest[0] * factor;
+    };
+    float largest = largest_of(0xffffffffu, Bool<false>());
+    const bool all_finite = largest < -neg_infinity();
+    if (__builtin_expect(!all_finite, 0)) largest = largest_of(0xfu << (lane_id() & 28), Bool<true>());
+    const float scale = scale_to_pack(largest, all_finite);
+    const float factor_and_scale = factor * scale;
+    const auto word = [&](int i) {
+      const u32 packed = pack2<half_t>(x[2 * i] * factor_and_scale, x[2 * i + 1] * factor_and_scale);
+      return packed != 0 ? packed : 0x80000000u;
+    };
+    if (!exists) return;
+    const i64 line = static_cast<i64>(row) * kRowLines + vec / 4;
+    store_relaxed(reinterpret_cast<uint4*>(out + line * kLineDims) + vec % 4,
+                  make_uint4(word(0), word(1), word(2), word(3)));
+    if (vec % 4 == 0) store_relaxed(flags + line, line_flag(row_lse_log2, reciprocal_of_power(scale)));
+  }
+};
+
+// The same, where a flag tells of a line.
+template <int kHeadDim, int kTileQ>
+struct FlaggedPartials {
   static constexpr int kLineDims = 64;
   static constexpr int kRowLines = kHeadDim / kLineDims;
 
   half_t* out;  // [num_slots, kTileQ, kHeadDim], to be multiplied by
-  // [num_slots, kTileQ, kRowLines]: low word the row's lse in base 2, high word the factor of its half, which is not 0.
-  // Written after all that they stand for, and fence_acq_rel.
-  u64* flags;
+  u64* flags;   // [num_slots, kTileQ, kRowLines], written after all that they stand for, and fence_acq_rel
 
   __device__ __forceinline__ u64* flag_at(int slot, int line) const {
     return flags + slot * (kTileQ * kRowLines) + line;
@@ -186,7 +214,7 @@ struct Departures {
   static constexpr u64 kMark = 1ull << 32;
   static constexpr int kMaxCtas = 4096;
 
-  struct alignas(16) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of runs.py
+  struct alignas(128) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of runs.py
     u64 counts;
     // Where CTAs have departed, and there are no marks:
     u32 num_taken;
@@ -194,7 +222,7 @@ struct Departures {
     u64 is_written[kMaxCtas];
     Share shares[kMaxCtas][2];  // of those that have departed, in that order
   };
-  static_assert(sizeof(Memory) == 16 + kMaxCtas * (8 + 2 * sizeof(Share)), "_DEPARTURES_BYTES of runs.py");
+  static_assert(sizeof(Memory) == 128 + kMaxCtas * (8 + 2 * sizeof(Share)), "_DEPARTURES_BYTES of runs.py");
   Memory* memory;
   u32 num_ctas;
 
@@ -264,15 +292,13 @@ template <typename Partials>
 struct GroupStates {
   // Whether a line is set back to zero as soon as it has been read, or when the result has been written.
   static constexpr bool kClearsAtOnce = false;
+  static constexpr bool kMayBeNone = false;  // of a line
 
-  const Partials& partials;
-  const GroupSlots& group;
-  int own_states_log2;  // log2 of the states that four lanes take; more where there are more than eight times as many
+  GroupSlots group;
+  int parts;  // log2
 
   // As many times four lanes as share the states of a line, in powers of two.
-  __device__ __forceinline__ int parts_log2() const {
-    return min(max(32 - own_states_log2 - __clz(group.num_partials - 1), 0), 3);
-  }
+  __device__ __forceinline__ int parts_log2() const { return parts; }
   // To a line of the group; false if nothing is to be done for it.
   __device__ __forceinline__ bool enter(int line, bool exists) { return exists; }
   // States of that line, and of any line of the warp at most.
@@ -291,93 +317,126 @@ struct GroupStates {
   }
   __device__ __forceinline__ int line_at(const Lines& lines, int i) const {
     const int state = min(lines.begin + i * lines.step, group.num_partials - 1);
-    return partials.line_of(group.slot(state), lines.line);
+    return Partials::line_of(group.slot(state), lines.line);
   }
 };
 
+constexpr int kMergeScratch = 40;
 constexpr int kHotPolls = 4;        // then other CTAs' copies come first
 constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
 
 // Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; all threads of `team` call
 // it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
-// once. `scratch`: shared memory of the team, 24 floats a warp.
+// once, or fewer. `scratch`: shared memory of the team, kMergeScratch floats a warp.
 // `find(row, dim)` says where four columns of the result go (Output::Row).
 template <int kInFlight, int kNumThreads, int kHeadDim, int kTileQ, typename States, typename Find>
 __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
                                             const Partials<kHeadDim, kTileQ>& partials, States states,
                                             bool wide, int line, int end_line, float* scratch,
                                             const Find& find) {
-  constexpr int kRowLines = Partials<kHeadDim, kTileQ>::kRowLines;
+  using Slots = Partials<kHeadDim, kTileQ>;
   constexpr int kWarps = Team<kNumThreads>::kWarps;
-  const int lane = team.tid % 32;
-  const int warp = team.tid / 32;
+  u32 tid = team.tid;
+  pin(tid);  // what follows from it is found here, not somewhere before, and kept
+  const int lane = tid % 32;
+  const int warp = tid / 32;
   // A warp has as many lines at once as there is room for.
   const int parts_log2 = states.parts_log2();
   const int stride = wide ? 8 * kWarps : 1 << parts_log2;
-  const int part = team.tid / 4 & (stride - 1);
+  const int part = tid / 4 & (stride - 1);
   const int lines_at_once = wide ? 1 : kWarps * 8 >> parts_log2;
+  // In registers, or they would be read from constant memory for each state.
+  half_t* own_out = partials.out + lane % 4 * (Slots::kLineDims / 4);
+  u64* flags = partials.flags;
+  pin(own_out), pin(flags);
+  const auto words_at = [&](int at) {
+    return reinterpret_cast<uint4*>(own_out + static_cast<i64>(at) * Slots::kLineDims);
+  };
+  const auto clear = [&](int at) {
+    store_relaxed(words_at(at), make_uint4(0, 0, 0, 0));
+    if (lane % 4 == 0) store_relaxed(flags + at, 0);
+  };
 #pragma unroll 1
-  for (line += wide ? 0 : team.tid / 4 >> parts_log2;; line += lines_at_once) {
+  for (line += wide ? 0 : tid / 4 >> parts_log2;; line += lines_at_once) {
     // Lanes beyond the last line help to read it, and write nothing.
     bool exists = line < end_line;
     if (!__any_sync(0xffffffffu, exists)) break;
     const int own_line = min(line, end_line - 1);
     exists = states.enter(own_line, exists);
     const int num_states = states.count();
-    auto target = find(own_line / kRowLines, own_line % kRowLines * partials.kLineDims + lane % 4 * 4);
-    pin(target.out), pin(target.lse);  // not when all is there
+    const int dim = Slots::first_dim(static_cast<u32>(own_line) % Slots::kRowLines * 4 + lane % 4);
+    decltype(find(0, 0)) target;
+    const auto find_target = [&]() {
+      target = find(static_cast<u32>(own_line) / Slots::kRowLines, dim);
+      pin(target.out), pin(target.lse);
+    };
+    if (kInFlight == 2) find_target();  // there are few registers
     SoftmaxState state;
-    float4 acc = {};
-#pragma unroll 1
-    for (int begin = part; begin - part < states.most(); begin += kInFlight * stride) {
-      float lse[kInFlight];
-      float4 value[kInFlight];
-      const auto lines = states.template find_lines<kInFlight>(begin, stride, own_line);
-      const auto line_of = [&](int j) { return states.line_at(lines, j); };  // of none, weighs 0
-#pragma unroll 1
-      for (int polls = 0;; ++polls) {
-        bool all_there = true;
-        const float* missing = nullptr;
+    float acc[8] = {};
+    // The next `count` states, or fewer, of each lane. Code that runs once takes longer to fetch than to run, so there is no
+    // more of it than is needed.
+    const auto take = [&](int begin, auto count) {
+      constexpr int kCount = count.value;
+      constexpr int kGroup = kCount < 4 ? kCount : 4;
+      u64 flag[kCount];
+      uint4 value[kCount];
+      const auto lines = states.template find_lines<kCount>(begin, stride, own_line);
+      const auto line_of = [&](int j) { return states.line_at(lines, j); };
+      const auto ask = [&]() {
 #pragma unroll
-        for (int first = 0; first < kInFlight; first += 4) {
-          const bool any = begin - part + first * stride < num_states;
+        for (int first = 0; first < kCount; first += kGroup) {
+          const bool any = !States::kMayBeNone || begin - part + first * stride < num_states;
 #pragma unroll
-          for (int j = first; j < first + 4; ++j) {
-            lse[j] = neg_infinity();
-            value[j] = make_float4(1.0f, 1.0f, 1.0f, 1.0f);
-            if (any) lse[j] = load_relaxed(partials.lse_at(line_of(j)));
-            if (any) value[j] = load_relaxed(partials.line_at(line_of(j)) + lane % 4);
+          for (int j = first; j < first + kGroup; ++j) {
+            flag[j] = line_flag(neg_infinity(), 1.0f);  // of none: weighs 0
+            value[j] = make_uint4(1, 1, 1, 1);
+            if (any) flag[j] = load_relaxed(flags + line_of(j));
+            if (any) value[j] = load_relaxed(words_at(line_of(j)));
           }
         }
+      };
+      const auto all_there = [&]() {
+        u32 least = ~0u;  // of words that are not zero where they are there
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          if (!is_there(lse[j])) missing = partials.lse_at(line_of(j));
-          all_there &= is_there(lse[j]) && is_there(value[j].x) && is_there(value[j].y) &&
-                       is_there(value[j].z) && is_there(value[j].w);
+        for (int j = 0; j < kCount; ++j) {
+          const uint4& x = value[j];
+          least = min(least, min(min(min(x.x, x.y), min(x.z, x.w)), static_cast<u32>(flag[j] >> 32)));
         }
-        if (__all_sync(0xffffffffu, all_there || !exists)) break;
-        if (polls < kHotPolls) continue;
-        if (polls > kPatience) __trap();
-        if (exists && missing != nullptr) {
-          while (!is_there(load_relaxed(missing))) {
-            __nanosleep(200);
-            if (++polls > kPatience) __trap();
+        return __all_sync(0xffffffffu, least != 0 || !exists);
+      };
+      ask();
+      if (kInFlight > 2) find_target();  // while they are under way
+#pragma unroll 1
+      for (int polls = 0; !all_there(); ++polls) {
+        if (polls >= kHotPolls) {
+          if (polls > kPatience) __trap();
+          const u64* missing = nullptr;
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            if (flag[j] == 0) missing = flags + line_of(j);
           }
+          if (exists && missing != nullptr) {
+            while (load_relaxed(missing) == 0) {
+              __nanosleep(200);
+              if (++polls > kPatience) __trap();
+            }
+          }
+          __syncwarp();
         }
-        __syncwarp();
+        ask();
       }
       if (States::kClearsAtOnce && exists) {
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
+        for (int j = 0; j < kCount; ++j) {
           if (begin + j * stride >= num_states) break;
-          store_relaxed(partials.line_at(line_of(j)) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-          if (lane % 4 == 0) store_relaxed(partials.lse_at(line_of(j)), 0.0f);
+          clear(line_of(j));
         }
       }
+      float lse[kCount];
       float lse_max = neg_infinity();
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (begin + j * stride >= num_states) lse[j] = neg_infinity();
+      for (int j = 0; j < kCount; ++j) {
+        lse[j] = begin + j * stride < num_states ? lse_of(flag[j]) : neg_infinity();
         lse_max = fmaxf(lse_max, lse[j]);
       }
 #pragma unroll 1
@@ -385,43 +444,62 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
         lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
       }
       const float factor = state.raise(lse_max);
-      acc.x *= factor, acc.y *= factor, acc.z *= factor, acc.w *= factor;
+      if (begin != part) {
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
+        for (int i = 0; i < 8; ++i) acc[i] *= factor;
+      }
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
         const float weight = state.weight(lse[j]);
         state.sum += weight;
-        acc.x += weight * value[j].x, acc.y += weight * value[j].y;
-        acc.z += weight * value[j].z, acc.w += weight * value[j].w;
+        add_eight(acc, weight * factor_of(flag[j]), value[j]);
+      }
+    };
+#pragma unroll 1
+    for (int begin = part; begin - part < states.most(); begin += kInFlight * stride) {
+      const int left = states.most() - begin + part;
+      if (kInFlight == 2 || left <= 2 * stride) {
+        take(begin, Int<2>());
+      } else if (kInFlight == 4 || left <= 4 * stride) {
+        take(begin, Int<4>());
+      } else {
+        take(begin, Int<kInFlight>());
       }
     }
 #pragma unroll 1
     for (int delta = 4; delta < 4 << parts_log2; delta *= 2) {  // their maximum is the same
-      const auto add = [&](float& x) { x += __shfl_xor_sync(0xffffffffu, x, delta); };
-      add(state.sum), add(acc.x), add(acc.y), add(acc.z), add(acc.w);
+      state.sum += __shfl_xor_sync(0xffffffffu, state.sum, delta);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], delta);
     }
     if (wide) {
-      float* own = scratch + (warp * 4 + lane % 4) * 6;
+      float* own = scratch + (warp * 4 + lane % 4) * 10;
       if (lane < 4) {
-        own[0] = acc.x, own[1] = acc.y, own[2] = acc.z, own[3] = acc.w, own[4] = state.max,
-        own[5] = state.sum;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) own[i] = acc[i];
+        own[8] = state.max, own[9] = state.sum;
       }
       team.sync();
-      if (team.tid < 4) {
+      if (tid < 4) {
 #pragma unroll 1
         for (int w = 1; w < kWarps; ++w) {
-          const float* theirs = own + w * 24;
-          const float factor = state.raise(theirs[4]);
-          const float weight = state.weight(theirs[4]);
-          state.sum += weight * theirs[5];
-          acc.x = factor * acc.x + weight * theirs[0], acc.y = factor * acc.y + weight * theirs[1];
-          acc.z = factor * acc.z + weight * theirs[2], acc.w = factor * acc.w + weight * theirs[3];
+          const float* theirs = own + w * kMergeScratch;
+          const float factor = state.raise(theirs[8]);
+          const float weight = state.weight(theirs[8]);
+          state.sum += weight * theirs[9];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[i] = factor * acc[i] + weight * theirs[i];
         }
       }
     }
     if (exists && part == 0 && states.has_result()) {
       const float inverse = state.inverse_sum();
-      acc.x *= inverse, acc.y *= inverse, acc.z *= inverse, acc.w *= inverse;
-      target.write(0, acc);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] *= inverse;
+      target.write(0, make_float4(acc[0], acc[1], acc[2], acc[3]));
+      if (Slots::has_more(dim)) {
+        target.write(Slots::kSpan, make_float4(acc[4], acc[5], acc[6], acc[7]));
+      }
       target.write_lse(state.lse_log2());
     }
     // All who read the line have what they need.
@@ -429,23 +507,21 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
     if (!States::kClearsAtOnce && exists) {
 #pragma unroll 1
       for (int j = part; j < num_states; j += stride) {
-        const int at = states.line_at(states.template find_lines<1>(j, stride, own_line), 0);
-        store_relaxed(partials.line_at(at) + lane % 4, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-        if (lane % 4 == 0) store_relaxed(partials.lse_at(at), 0.0f);
+        clear(states.line_at(states.template find_lines<1>(j, stride, own_line), 0));
       }
     }
     if (wide) team.sync();  // the scratch memory is free again
   }
 }
 
-// As merge_lines, of packed states, one line at least. Code that runs once takes longer to fetch than to run: so loops are
+// As merge_lines, of FlaggedPartials, one line at least. Code that runs once takes longer to fetch than to run: so loops are
 // not unrolled, and lines pass through shared memory, from which each lane takes what it has copied. `scratch`: for each
 // line and state that a team of lanes has (32 at most, of 64 rows and 132 CTAs), 136 bytes a team; 272 bytes a warp.
 template <int kThreads, int kHeadDim, int kTileQ, typename Find>
-__device__ __forceinline__ void merge_packed_lines(const PackedPartials<kHeadDim, kTileQ>& partials,
-                                                   const GroupSlots& group, int first_line, int end_line,
-                                                   unsigned char* scratch, const Find& find) {
-  constexpr int kRowLines = PackedPartials<kHeadDim, kTileQ>::kRowLines;
+__device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadDim, kTileQ>& partials,
+                                                    const GroupSlots& group, int first_line, int end_line,
+                                                    unsigned char* scratch, const Find& find) {
+  constexpr int kRowLines = FlaggedPartials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kTeams = kThreads / 8;
   const int tid = threadIdx.x;
   const int lane = tid % 8;  // eight are a team, and share a line
@@ -569,13 +645,7 @@ __device__ __forceinline__ void merge_packed_lines(const PackedPartials<kHeadDim
 #pragma unroll 4
     for (int j = 0; j < states_of(l); ++j) {
       const float weight = own[j * kTeams].x;
-      const uint4 x = data[(l * most_states + j) * kThreads];
-      const u32 words[] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack2(words[i]);
-        acc[2 * i] += weight * pair.x, acc[2 * i + 1] += weight * pair.y;
-      }
+      add_eight(acc, weight, data[(l * most_states + j) * kThreads]);
     }
 #pragma unroll 1
     for (int delta = 8; delta < together; delta *= 2) {

@@ -129,29 +129,28 @@ struct Output {
     return {out + token * stride_token + head * stride_head + dim,
             dim == 0 && lse != nullptr ? lse + token * lse_stride_token + head * lse_stride_head : nullptr};
   }
-
-  // Four columns.
-  __device__ __forceinline__ void write(const TileInfo& tile, int row, int dim, const float4& value,
-                                        float lse_log2) const {
-    const Row target = row_at(tile, row, dim);
-    target.write(0, value);
-    target.write_lse(lse_log2);
-  }
 };
 
-// This CTA's share of the group that `tile` has ended a segment of, by `team`. `scratch`: shared memory, 24 floats a warp.
-// Four lanes take 2^own_states_log2 states, see GroupStates.
-template <bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ>
+// This CTA's share of the group that `tile` has ended a segment of, by `team`. `scratch`: shared memory, kMergeScratch
+// floats a warp.
+template <int kInFlight, bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ>
 __device__ __forceinline__ void merge_share(const Team<kNumThreads>& team,
                                             const Partials<kHeadDim, kTileQ>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
-                                            int own_states_log2, float* scratch) {
-  // Inside the loop there are fewer registers than at the end.
-  constexpr int kInFlight = kFixedSplits ? 4 : 8;
-  // How many lines a CTA has depends on its neighbours, which must not matter for fixed splits.
-  const int num_lines = kFixedSplits ? 1 : tile.end_line - tile.first_line;
-  const bool wide = tile.group.num_partials > 64 * num_lines;
-  const GroupStates<Partials<kHeadDim, kTileQ>> states{partials, tile.group, own_states_log2};
+                                            float* scratch) {
+  const int num_states = tile.group.num_partials;
+  // Four lanes take two states of a line, or more where there are not as many lanes. (How many lines a CTA has depends on its
+  // neighbours, which must not matter for fixed splits: four states.)
+  bool wide = num_states > 64;
+  int parts_log2 = 30 - __clz(num_states - 1);
+  if constexpr (!kFixedSplits) {
+    const int num_lines = tile.end_line - tile.first_line;
+    wide = num_states > (num_lines == 1 ? 32 : 64 * num_lines);
+    constexpr int kTeamsLog2 = kNumThreads >= 256 ? 6 : kNumThreads >= 128 ? 5 : 4;
+    static_assert(kNumThreads == 4 << kTeamsLog2);
+    parts_log2 = min(parts_log2 + 1, kTeamsLog2 - 32 + __clz(num_lines - 1));
+  }
+  const GroupStates<Partials<kHeadDim, kTileQ>> states{tile.group, wide ? 3 : min(max(parts_log2, 0), 3)};
   merge_lines<kInFlight>(team, partials, states, wide, tile.first_line, tile.end_line, scratch,
                          [&](int row, int dim) { return output.row_at(tile, row, dim); });
 }
@@ -164,20 +163,20 @@ __device__ __forceinline__ void merge_in_turn(const TileInfo (&shares)[2], const
     if (shares[i].num_sharers > 1) merge_one(shares[i]);
   }
 }
-// The same by threads 0 .. kThreads - 1. Of two shares each half of them does one, four lanes taking twice the states:
-// then it waits for memory once, not twice. (But sums with fixed splits must not depend on whether there are two.)
-template <int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
+// The same by threads 0 .. kThreads - 1. Of two shares each half of them does one: then it waits
+// for memory once, not twice. (But sums with fixed splits must not depend on whether there are two.)
+template <int kInFlight, int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
 __device__ __forceinline__ void merge_side_by_side(const Partials<kHeadDim, kTileQ>& partials,
                                                    const Output<T, kTileQ>& output,
                                                    const TileInfo (&shares)[2], float* scratch) {
   if (!kFixedSplits && shares[0].num_sharers > 1 && shares[1].num_sharers > 1) {
     const auto team = half_of_threads<kThreads>();
-    merge_share<kFixedSplits>(team, partials, output, shares[team.half], 3,
-                              scratch + team.half * team.kWarps * 24);
+    merge_share<kInFlight, kFixedSplits>(team, partials, output, shares[team.half],
+                                         scratch + team.half * team.kWarps * kMergeScratch);
     return;
   }
   merge_in_turn(shares, [&](const TileInfo& share) {
-    merge_share<kFixedSplits>(all_threads<kThreads>(), partials, output, share, 2, scratch);
+    merge_share<kInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, share, scratch);
   });
 }
 
@@ -191,6 +190,11 @@ struct RunEnd {
   __device__ __forceinline__ void clear() { shared[threadIdx.x].num_sharers = 0; }
   // One thread, where a segment ends that is not all of its group.
   __device__ __forceinline__ void add(const TileInfo& tile) { shared[tile.first_line == 0] = tile; }
+  // The same by threads 0 .. 3.
+  __device__ __forceinline__ void add_together(const TileInfo& tile) {
+    reinterpret_cast<uint4*>(&shared[tile.first_line == 0])[threadIdx.x] =
+        reinterpret_cast<const uint4*>(&tile)[threadIdx.x];
+  }
   // One thread of a cascade's, instead: this CTA's lines of the whole result.
   __device__ __forceinline__ void add_lines(int num_lines, const Partition& partition) {
     const int lines_each =

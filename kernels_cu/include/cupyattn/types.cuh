@@ -43,6 +43,13 @@ __device__ __forceinline__ u32 pack2<bfloat16_t>(float lo, float hi) {
   return packed;
 }
 
+__device__ __forceinline__ float4 operator*(const float4& x, float factor) {
+  return make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+}
+__device__ __forceinline__ void operator+=(float4& x, const float4& y) {
+  x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+}
+
 // Two of half_t.
 __device__ __forceinline__ float2 unpack2(u32 packed) {
   float2 x;
