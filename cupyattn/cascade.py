@@ -67,8 +67,8 @@ def cascade_decode(
         Where to write the log-sum-exp.
     workspace : array, uint8, optional
         From `decode_workspace`; by default each stream has one. See `decode`. Large batches need more than its default:
-        every level has 4 bytes for each element of `out`, behind the rest. So does MLA with more than 16 query rows a
-        group. `cascade_workspace_bytes` says how much.
+        every level has some 2 bytes for each element of `out`, behind the rest. So does MLA with more than 16 query
+        rows a group. `cascade_workspace_bytes` says how much.
     pdl : bool
         As for `decode`: all arrays of `levels` are read early, so the kernel before must not write any.
     validate : bool
@@ -152,8 +152,8 @@ def cascade_workspace_bytes(
 ) -> int:
     """Say how large a workspace must be for calls of `cascade_decode` with arrays like these.
 
-    Where `decode_workspace` has no room for them, partial states lie behind it: among them, for each level, 4 bytes for
-    every element of the result.
+    Where `decode_workspace` has no room for them, partial states lie behind it: for each level some 2 bytes for every
+    element of the result among them.
 
     Parameters
     ----------

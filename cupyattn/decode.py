@@ -78,7 +78,7 @@ def decode(
     fixed_split_size : int, optional
         Batch-invariant mode: keys are cut every so many tokens (a power of two, at least 64; 2048 is a good
         one), whoever shares the batch, so that a request's result does not depend on its neighbours, bitwise. By
-        default cuts are where the GPU is loaded evenly. Each cut leaves a partial state of 4 bytes a query head
+        default cuts are where the GPU is loaded evenly. Each cut leaves a partial state, some 2 bytes a query head
         and dimension: see `decode_workspace_bytes`. On NumPy every request is computed on its own anyway.
     validate : bool
         Check the values of tables, lengths and offsets, which needs a copy to the host and waits for it.
@@ -134,7 +134,7 @@ def decode_workspace_bytes(
     """Say how large a workspace must be for calls of `decode`, or of `mla_decode`, with arrays like these.
 
     With `fixed_split_size` it has a slot for every split that the page table has room for, each with the states of a
-    tile of query rows (8 for up to 8 query heads a KV head): 36 MB for 64 requests of up to 32768 tokens, 8 KV heads
+    tile of query rows (8 for up to 8 query heads a KV head): 19 MB for 64 requests of up to 32768 tokens, 8 KV heads
     of 128 dimensions, splits of 2048. If `decode_workspace` has no room for them, they lie behind it.
 
     Parameters

@@ -41,7 +41,8 @@ class CascadeCost:
     flops_per_token : float
         Of a query token, all its heads, and one key: both products.
     partial_bytes : float
-        Moved for one more partial state of a query token, all its heads: float32, written and read.
+        Moved for one more partial state of a query token, all its heads: 16 bits a column and 64 for every 32, written
+        and read.
     partial_rate : float
         Bytes per microsecond of these.
     own_us : float
@@ -66,23 +67,23 @@ class CascadeCost:
 
     Notes
     -----
-    The defaults are 64 query heads, 8 KV heads, head_dim 128 and 2 bytes an element: 4096 bytes a token, and 65536 of
-    a partial state, as many as 16 tokens. Of r requests one by one with n tokens, sharing saves ``(r - 1) * n`` tokens
-    from L2 and costs ``16 * r`` from HBM: it pays from 29 r / (r - 1) tokens on, 58 for two requests and 30 for many.
+    The defaults are 64 query heads, 8 KV heads, head_dim 128 and 2 bytes an element: 4096 bytes a token, and 36864 of
+    a partial state, as many as 9 tokens. Of r requests one by one with n tokens, sharing saves ``(r - 1) * n`` tokens
+    from L2 and costs ``9 * r`` from HBM: it pays from 16 r / (r - 1) tokens on, 33 for two requests and 17 for many.
 
     Examples
     --------
     Of 8 requests with 4000 tokens in common and 8 query heads per KV head. 8 KV heads: 7 * 16.4 MB at 5.5e6 bytes/us
-    take 20.85 us, 8 partial states 0.17 us. One KV head: an eighth of both, less than what a cascade of 64 rows costs.
+    take 20.85 us, 8 partial states 0.10 us. One KV head: an eighth of both, less than what a cascade of 64 rows costs.
 
     >>> cost, small = CascadeCost.gqa(64, 8, 128), CascadeCost.gqa(8, 1, 128)
     >>> round(cost.saving_us(8, 4000, 8), 2), round(small.saving_us(8, 4000, 8), 2), small.launch_us(8)
-    (20.68, 2.59, 8.0)
+    (20.76, 2.59, 8.0)
 
-    2 requests with 16 tokens in common: 65.5 KB from L2 take 0.012 us, 2 partial states 0.043 us.
+    2 requests with 16 tokens in common: 65.5 KB from L2 take 0.012 us, 2 partial states 0.024 us.
 
     >>> round(cost.saving_us(2, 16, 2), 3)
-    -0.031
+    -0.012
 
     Latents with 128 heads: the products take 1.19 us per query and 1000 keys, reading these from L2 takes 0.32 us.
 
@@ -94,7 +95,7 @@ class CascadeCost:
 
     bytes_per_token: float = 4096.0
     flops_per_token: float = 32768.0
-    partial_bytes: float = 65536.0
+    partial_bytes: float = 36864.0
     partial_rate: float = 3.05e6
     hbm_rate: float = 3.05e6
     l2_rate: float = 5.5e6
@@ -130,7 +131,7 @@ class CascadeCost:
             bytes_per_token=bytes_per_token,
             own_us=cls.own_us * bytes_per_token / cls.bytes_per_token if num_kv_heads % 4 == 0 else 0.0,
             flops_per_token=4 * num_qo_heads * head_dim,
-            partial_bytes=8 * num_qo_heads * head_dim,
+            partial_bytes=cls._partial_bytes(num_qo_heads, head_dim),
             rows_per_token=num_qo_heads // num_kv_heads,
         )
 
@@ -140,7 +141,7 @@ class CascadeCost:
         return cls(
             bytes_per_token=(ckv_dim + kpe_dim) * itemsize,
             flops_per_token=2 * num_qo_heads * (2 * ckv_dim + kpe_dim),
-            partial_bytes=8 * num_qo_heads * ckv_dim,
+            partial_bytes=cls._partial_bytes(num_qo_heads, ckv_dim),
             partial_rate=0.3e6,
             l2_rate=3.6e6,
             matmul_rate=235e6,
@@ -148,6 +149,10 @@ class CascadeCost:
             own_us=0.03e-3,
             rows_per_token=num_qo_heads,
         )
+
+    @staticmethod
+    def _partial_bytes(num_heads: int, num_dims: int) -> float:
+        return 2 * num_heads * num_dims * (2 + 8 / 32)
 
     def read_us(self, num_readers: int, num_tokens: int) -> float:
         """Return how long the keys take to be read by so many readers, one by one."""

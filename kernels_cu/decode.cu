@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                   const int* kv_lens,                   // [batch_size]
                   T* __restrict__ out,                  // as q
                   float* __restrict__ lse,              // [num_tokens, num_qo_heads] or null, natural log
-                  half_t* partial_out,                  // [num_slots, kTileQ, head_dim], see Partials
-                  u64* partial_flags,                   // [num_slots, kTileQ, head_dim / 32]
+                  half_t* partial_out,                  // [num_slots, kTileQ, kRowDims], see Partials
+                  u64* partial_flags,                   // [num_slots, kTileQ, kRowDims / 32]
                   Departures<TileInfo>::Memory* departures,  // all zero between launches, as both above
                   i64 q_stride_token, i64 q_stride_head,
                   i64 k_stride_page, i64 k_stride_token, i64 k_stride_head,

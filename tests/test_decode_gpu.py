@@ -37,7 +37,16 @@ from device import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from problems import POISON_PAGE, STORAGES, assert_close, build_problem, oracle, to_backend, to_host
+from problems import (
+    POISON_PAGE,
+    STORAGES,
+    assert_close,
+    build_problem,
+    oracle,
+    to_backend,
+    to_float64,
+    to_host,
+)
 from strategies import FIXED_SPLIT_SIZES, HEAD_DIMS, problem_arguments
 
 import cupyattn
@@ -193,6 +202,40 @@ def test_little_or_nothing(xp, kv_lens, qo_lens, dense):
     if not sum(kv_lens):
         assert not to_host(out).any()  # exactly 0
         assert np.isneginf(to_host(lse)).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 112, 128, 256])
+@pytest.mark.parametrize("group_size", [1, 12, 32, 40])
+@pytest.mark.parametrize("values", ["huge", "tiny", "zero", "infinite", "infinite-alone"])
+def test_values_that_float16_cannot_hold(xp, values, group_size, head_dim):
+    """Partial states are float16 numbers with a factor for each line; an infinity stays in its column."""
+    factor = {"huge": 2.0**114, "tiny": 2.0**-100, "infinite": 1.0}.get(values, 0.0)
+    problem = build_problem(
+        size(xp, [20_000, 700, 0], [100, 30, 0]), page_size=16, num_kv_heads=1, group_size=group_size,
+        head_dim=head_dim, dtype="bfloat16", xp=xp,
+    )  # fmt: skip
+    v = problem.writable()[1]
+    scaled = v.astype(np.float32) * factor
+    is_infinite = values.startswith("infinite")
+    if is_infinite:  # in the first key, and in the last
+        for request, key, column, value in (
+            (0, 0, -1, math.inf),
+            (1, int(problem.kv_lens[1]) - 1, 3, -math.inf),
+        ):
+            entry = int(problem.kv_indptr[request]) + key // problem.page_size
+            scaled[int(problem.kv_indices[entry]), key % problem.page_size, 0, column] = value
+    v[...] = scaled.astype(v.dtype)
+    wanted, wanted_lse = attend(problem)
+    finite = xp.isfinite(wanted)
+    assert int((~finite).sum()) == (2 * group_size if is_infinite else 0)
+    for fixed_split_size in (None, 256):
+        out, lse = problem.call(cupyattn.decode, return_lse=True, fixed_split_size=fixed_split_size)
+        actual = to_float64(out)
+        assert (actual[~finite] == wanted[~finite]).all()
+        # Back to ordinary sizes, which tolerances are for.
+        ordinary = [xp.where(finite, a, 0.0) / (factor or 1.0) for a in (actual, wanted)]
+        what = (values, group_size, head_dim, fixed_split_size)
+        assert_right(ordinary[0], lse, (ordinary[1], wanted_lse), problem.dtype, what)
 
 
 @pytest.mark.parametrize("kv_len", [20, 3000])  # in one part, in several
@@ -450,7 +493,7 @@ def test_pairs_give_the_same_bits_every_time(xp):
 
 @pytest.mark.parametrize("fixed_split_size", [None, 512])
 @pytest.mark.parametrize("qo_lens", [None, [3, 40, 0, 1]])
-@pytest.mark.parametrize("head_dim", [80, 128, 256])  # rows of partials that share warps, fill one, fill two
+@pytest.mark.parametrize("head_dim", [80, 128, 256])  # rows of partials of 12, 16 and 32 lanes
 def test_the_same_bits_every_time(xp, head_dim, qo_lens, fixed_split_size):
     mode = {"fixed_split_size": fixed_split_size}
     kv_lens = size(xp, [9000, 77, 300, 40000], [300, 77, 30, 100])

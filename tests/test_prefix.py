@@ -642,9 +642,9 @@ def test_what_pays():
     tree = family(8, 4000, 128)
     result = tree.levels(choose=large)
     assert result.levels.num_levels == 2
-    # 7 * 4000 * 4096 bytes from L2, less 8 partial states of 64 * 128 floats written and read, less what 64 rows cost,
+    # 7 * 4000 * 4096 bytes from L2, less 8 partial states of 64 * 128 columns written and read, less what 64 rows cost,
     # and own keys.
-    saving = 7 * 4000 * 4096 / 5.5e6 - 8 * 65536 / 3.05e6
+    saving = 7 * 4000 * 4096 / 5.5e6 - 8 * 36864 / 3.05e6
     assert result.saving_us == pytest.approx(saving - 8 - 8 * 128 * 0.02e-3)
     assert small.saving_us(8, 4000, 8) == pytest.approx(saving / 8)
     assert small.launch_us(8, 10**6) == small.launch_us(8), "no heads side by side"

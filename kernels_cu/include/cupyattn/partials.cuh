@@ -85,7 +85,7 @@ __device__ __forceinline__ void add_eight(float (&acc)[8], float weight, const u
 }
 
 // By what a row's numbers are multiplied before they are packed, a power of two: `largest`, of the finite ones, then is
-// near the top of what half_t holds, so that those down to 2^-29 of it are as exact, and those of less than 2^-39 of it
+// near the top of what half_t holds, so that those down to 2^-28 of it are as exact, and those of less than 2^-40 of it
 // become 0. Infinities and NaN stay what they are.
 __device__ __forceinline__ float scale_to_pack(float largest, bool all_finite) {
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23);
@@ -118,11 +118,7 @@ struct Partials {
   half_t* out;  // [num_slots, kTileQ, kRowDims], by lines and lanes
   u64* flags;   // [num_slots, kTileQ, kRowLines]
 
-  // Lines are counted over all slots: up to 2^31, of 64 bytes or more.
-  __device__ __forceinline__ uint4* line_at(int line) const {
-    return reinterpret_cast<uint4*>(out + static_cast<i64>(line) * kLineDims);
-  }
-  __device__ __forceinline__ u64* flag_at(int line) const { return flags + line; }
+  // Lines are counted over all slots: up to 2^31.
   static __device__ __forceinline__ int line_of(int slot, int line) {
     return slot * (kTileQ * kRowLines) + line;
   }
@@ -214,13 +210,14 @@ struct Departures {
   static constexpr u64 kMark = 1ull << 32;
   static constexpr int kMaxCtas = 4096;
 
-  struct alignas(128) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of runs.py
+  struct alignas(16) Memory {  // all zero between launches; its size is _DEPARTURES_BYTES of runs.py
     u64 counts;
     // Where CTAs have departed, and there are no marks:
     u32 num_taken;
     u32 num_done;
     u64 is_written[kMaxCtas];
     Share shares[kMaxCtas][2];  // of those that have departed, in that order
+    unsigned char unused[112];  // so that what lies behind it, of whole sectors, begins at one
   };
   static_assert(sizeof(Memory) == 128 + kMaxCtas * (8 + 2 * sizeof(Share)), "_DEPARTURES_BYTES of runs.py");
   Memory* memory;
@@ -328,7 +325,7 @@ constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace tha
 // Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; all threads of `team` call
 // it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
 // once, or fewer. `scratch`: shared memory of the team, kMergeScratch floats a warp.
-// `find(row, dim)` says where four columns of the result go (Output::Row).
+// `find(row, dim)` says where columns of the result go (Output::Row): four from `dim` on, and four kSpan further.
 template <int kInFlight, int kNumThreads, int kHeadDim, int kTileQ, typename States, typename Find>
 __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
                                             const Partials<kHeadDim, kTileQ>& partials, States states,
@@ -452,7 +449,8 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
       for (int j = 0; j < kCount; ++j) {
         const float weight = state.weight(lse[j]);
         state.sum += weight;
-        add_eight(acc, weight * factor_of(flag[j]), value[j]);
+        // What is read instead of a state that does not exist may be an infinity.
+        if (begin + j * stride < num_states) add_eight(acc, weight * factor_of(flag[j]), value[j]);
       }
     };
 #pragma unroll 1

@@ -146,7 +146,7 @@ __device__ __forceinline__ void merge_share(const Team<kNumThreads>& team,
   if constexpr (!kFixedSplits) {
     const int num_lines = tile.end_line - tile.first_line;
     wide = num_states > (num_lines == 1 ? 32 : 64 * num_lines);
-    constexpr int kTeamsLog2 = kNumThreads >= 256 ? 6 : kNumThreads >= 128 ? 5 : 4;
+    constexpr int kTeamsLog2 = kNumThreads >= 256 ? 6 : kNumThreads >= 128 ? 5 : kNumThreads >= 64 ? 4 : 3;
     static_assert(kNumThreads == 4 << kTeamsLog2);
     parts_log2 = min(parts_log2 + 1, kTeamsLog2 - 32 + __clz(num_lines - 1));
   }
