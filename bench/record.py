@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -84,17 +85,17 @@ def write(record: Record, path: Path) -> None:
 # --- tests ---
 
 
-def parse_junit(path: Path) -> Record:
-    """Counts, durations, failures and properties from pytest's JUnit file.
+def parse_junit(*paths: Path) -> Record:
+    """Counts, durations, failures and properties from pytest's JUnit files.
 
     Whole-number properties (`record_property("fuzz_cases", 2000)` in a test, or `record_testsuite_property`)
     are added up by name.
     """
-    root = ElementTree.parse(path).getroot()
+    roots = [ElementTree.parse(path).getroot() for path in paths]
     outcomes: dict[str, str] = {}
     seconds: dict[str, float] = {}
     skip_reasons = set()
-    for case in root.iter("testcase"):
+    for case in (case for root in roots for case in root.iter("testcase")):
         name = f"{case.get('classname')}::{case.get('name')}"
         seconds[name] = seconds.get(name, 0.0) + float(case.get("time", 0))
         if case.find("failure") is not None or case.find("error") is not None:
@@ -105,7 +106,7 @@ def parse_junit(path: Path) -> Record:
         else:  # a test that fails while tearing down comes twice: passed, and as an error
             outcomes.setdefault(name, "passed")
     properties: dict[str, int] = {}
-    for item in root.iter("property"):
+    for item in (item for root in roots for item in root.iter("property")):
         value = item.get("value", "")
         if value.lstrip("-").isdigit():
             properties[item.get("name", "")] = properties.get(item.get("name", ""), 0) + int(value)
@@ -121,21 +122,54 @@ def parse_junit(path: Path) -> Record:
     }
 
 
-def record_tests(path: Path) -> int:
+def precompile() -> None:
+    """Compile all kernels for this device, many at a time: or whatever first uses one waits for it, minutes in all."""
+    subprocess.run([sys.executable, "-m", "cupyattn", "precompile"], cwd=ROOT, check=True)
+
+
+NO_TESTS = 5  # what pytest ends with where none is chosen
+# What measures times, or wants the device for itself, runs when all else is done.
+ALONE = ("test_launch_order_gpu.py", "test_runtime.py")
+
+
+def run_test_file(file: Path, junit: Path) -> int:
+    """Run the GPU tests of one file; print how it ended, and all that pytest says where a test fails."""
+    command = [sys.executable, "-m", "pytest", str(file), "-m", "gpu", "-q", f"--junitxml={junit}"]
+    run = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if run.returncode == NO_TESTS:
+        return 0
+    last = run.stdout.strip().rpartition("\n")[2]
+    print(f"{file.name}: {last}" if run.returncode == 0 else run.stdout, flush=True)
+    return run.returncode if junit.exists() else run.returncode or 1
+
+
+def run_test_files(files: Sequence[Path], scratch: Path, jobs: int) -> tuple[int, list[Path]]:
+    """Run the GPU tests of all files, `jobs` of them at a time: they are busy on the host. Exit status and reports."""
+    reports = [scratch / f"{file.stem}.xml" for file in files]
+    pairs = list(zip(files, reports, strict=True))
+    together = [pair for pair in pairs if pair[0].name not in ALONE]
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(run_test_file, *zip(*together, strict=True)))
+    codes += [run_test_file(*pair) for pair in pairs if pair[0].name in ALONE]
+    return max(codes), [report for report in reports if report.exists()]
+
+
+def record_tests(path: Path, jobs: int) -> int:
     start = time.perf_counter()
+    precompile()
     with unchanged_sources() as sha, tempfile.TemporaryDirectory() as scratch:
-        junit = Path(scratch) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={junit}"]
-        code = subprocess.run(command, cwd=ROOT).returncode
-        if not junit.exists():
+        files = sorted((ROOT / "tests").glob("test_*.py"))
+        code, reports = run_test_files(files, Path(scratch), jobs)
+        if not reports:
             print(f"pytest ended with {code} and left no report; nothing recorded")
             return code or 1
-        counts = parse_junit(junit)
+        counts = parse_junit(*reports)
     record = {
         "kind": "gpu tests",
         **timing.environment(),
         "source_sha256": sha,
-        "command": "pytest tests -m gpu",
+        "command": "pytest FILE -m gpu, for each file of tests/",
+        "jobs": jobs,
         "pytest_exit": code,
         "wall_s": round(time.perf_counter() - start, 1),
         **counts,
@@ -240,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="run and record the grid")
     gemma = commands.add_parser("gemma3", help="compare and record the example's text on both backends")
     gemma.add_argument("--model", help="GGUF file; default: the one of the PyPI package")
+    tests.add_argument("--jobs", type=int, default=6, help="files of tests at a time (%(default)s)")
     for command in (tests, bench, gemma):
         command.add_argument("--output", type=Path, help="default: a file under bench/results/")
     bench.add_argument("--group", choices=configs.GROUPS, help="the rows of one group")
@@ -253,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{reason}: nothing to record")
         return 2
     if options.command == "tests":
-        return record_tests(options.output or RESULTS / "gpu_tests.json")
+        return record_tests(options.output or RESULTS / "gpu_tests.json", options.jobs)
     if options.command == "gemma3":
         return record_gemma3(options.output or RESULTS / "gemma3.json", options.model)
     chosen = [

@@ -1,9 +1,9 @@
 """Every kernel on tiny problems, for compute-sanitizer.
 
-    python bench/sanitize.py                              run the grid and check its results
+    python bench/sanitize.py [--part I N]                 run the grid and check its results; or part I of N of it
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
-    python bench/sanitize.py --record [FILE]              run it under memcheck, racecheck and synccheck
-                                                          -> bench/results/sanitizer.json
+    python bench/sanitize.py --record [FILE] [--parts N]  run it under memcheck, racecheck and synccheck, parts side by
+                                                          side -> bench/results/sanitizer.json
 
 Each array has an allocation of its own, so that memcheck sees where it ends; arrays are filled on the host, so
 that only cupyattn's kernels run. The record names the device, the driver, the date and the sources.
@@ -20,10 +20,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,9 +35,20 @@ from bench import record, timing  # noqa: E402
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ERROR_EXIT = 9
 TIMEOUT_S = 540
+T = TypeVar("T")
 
 
 # -- the grid --
+
+
+class Part(NamedTuple):
+    """Every `of`-th problem of each kind, from `index` on."""
+
+    index: int = 0
+    of: int = 1
+
+    def pick(self, problems: Iterable[T]) -> Iterator[T]:
+        return itertools.islice(problems, self.index, None, self.of)
 
 
 def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
@@ -84,14 +95,14 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
                 yield f"{name} many", build_problem([130] * 600, spare_entries=12000, **common), {}
 
 
-def run_decode() -> int:
+def run_decode(part: Part) -> int:
     from device import attend, misses
     from problems import to_backend
 
     import cupyattn
 
     count = 0
-    for name, problem, mode in decode_problems():
+    for name, problem, mode in part.pick(decode_problems()):
         out, lse = to_backend(problem, _cupy()).call(cupyattn.decode, return_lse=True, **mode)
         wrong = int(misses(out.get(), lse.get(), attend(problem), problem.dtype, np))
         if wrong:
@@ -151,14 +162,14 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             yield f"{dtype} heads={heads} p{page_size} {length}{fixed}", keys_as_values, mode
 
 
-def run_mla() -> int:
+def run_mla(part: Part) -> int:
     from device import attend, misses
     from problems import to_backend
 
     import cupyattn
 
     count = 0
-    for name, problem, mode in mla_problems():
+    for name, problem, mode in part.pick(mla_problems()):
         there = to_backend(problem, _cupy())
         cache = cupyattn.PagedMLACache.from_concatenated(there.bases[0][:, :, 0])
         out, lse = cupyattn.mla_decode(there.q, cache, there.pages, return_lse=True, **there.options, **mode)
@@ -237,11 +248,11 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
                 yield f"{dtype} MLA tile={tile_q} {name}", cascade
 
 
-def run_cascade() -> int:
+def run_cascade(part: Part) -> int:
     from device import attend, misses
 
     count = 0
-    for name, cascade in cascade_problems():
+    for name, cascade in part.pick(cascade_problems()):
         out, lse = cascade.moved(_cupy()).call(return_lse=True)
         rows, dtype = cascade.rows, cascade.problem.dtype
         wrong = int(misses(out.get()[rows], lse.get()[rows], attend(cascade.plain), dtype, np))
@@ -251,14 +262,14 @@ def run_cascade() -> int:
     return count
 
 
-def run_mla_append() -> int:
+def run_mla_append(part: Part) -> int:
     from problems import DTYPES
 
     import cupyattn
     from cupyattn import PagedMLACache, PageTable, Rope
 
     count = 0
-    for dtype, rope in itertools.product(("float16", "bfloat16"), (None, Rope(interleaved=True))):
+    for dtype, rope in part.pick(itertools.product(("float16", "bfloat16"), (None, Rope(interleaved=True)))):
         rng = np.random.default_rng(count)
         shapes = ((20, 4, 576), (11, 512), (11, 64), (11, 3, 64))  # cache, ckv, kpe, q_kpe
         arrays = [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
@@ -283,7 +294,7 @@ def run_mla_append() -> int:
     return count
 
 
-def run_append() -> int:
+def run_append(part: Part) -> int:
     from problems import build_problem, to_backend
 
     import cupyattn
@@ -291,7 +302,9 @@ def run_append() -> int:
 
     ropes = (None, Rope(), Rope(rotary_dim=32, interleaved=True))
     count = 0
-    for dtype, rope, storage in itertools.product(("float16", "bfloat16"), ropes, ("interleaved", "strided")):
+    for dtype, rope, storage in part.pick(
+        itertools.product(("float16", "bfloat16"), ropes, ("interleaved", "strided"))
+    ):
         problem = build_problem(
             [3, 0, 40, 17, 2],
             qo_lens=[3, 2, 5, 0, 1],
@@ -321,15 +334,16 @@ def run_append() -> int:
     return count
 
 
-def run_merge() -> int:
+def run_merge(part: Part) -> int:
     import ml_dtypes
 
     import cupyattn
 
     count = 0
-    for dtype, (shape, axis), head_dim in itertools.product(
+    kinds = itertools.product(
         (np.float16, ml_dtypes.bfloat16, np.float32), (((2, 5), 0), ((3, 35, 2), 1)), (1, 33, 64, 512)
-    ):
+    )
+    for dtype, (shape, axis), head_dim in part.pick(kinds):
         rng = np.random.default_rng(head_dim)
         out = rng.standard_normal((*shape, head_dim)).astype(dtype)
         lse = rng.standard_normal(shape).astype(np.float32)
@@ -346,9 +360,9 @@ def _cupy() -> Any:
     return timing.cupy
 
 
-def run_grid() -> None:
+def run_grid(part: Part) -> None:
     _cupy().cuda.set_allocator(None)  # no pool: an allocation an array
-    runs: dict[str, Callable[[], int]] = {
+    runs: dict[str, Callable[[Part], int]] = {
         "decode": run_decode,
         "mla_decode": run_mla,
         "cascade_decode": run_cascade,
@@ -358,7 +372,7 @@ def run_grid() -> None:
     }
     for name, run in runs.items():
         start = time.perf_counter()
-        print(f"{name}: {run()} problems right, {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"{name}: {run(part)} problems right, {time.perf_counter() - start:.1f} s", flush=True)
     _cupy().cuda.Device().synchronize()
 
 
@@ -404,8 +418,9 @@ def findings_of(log: str) -> dict[str, int]:
     return dict(kernels.most_common())
 
 
-def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
+def run_tool(sanitizer: str, tool: str, part: Part) -> dict[str, Any]:
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_EXIT), sys.executable, __file__]
+    command += ["--part", *map(str, part)]
     start = time.perf_counter()
     try:
         run = subprocess.run(
@@ -422,7 +437,8 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
         "findings": findings_of(log),
         "wall_s": round(time.perf_counter() - start, 1),
     }
-    print(f"{tool}: exit {code}, {result['summary']}, {result['problems']} problems, {result['wall_s']} s")
+    print(f"{tool} {part.index + 1}/{part.of}: exit {code}, {result['summary']}, {result['problems']} problems, "
+          f"{result['wall_s']} s", flush=True)  # fmt: skip
     for kernel, count in result["findings"].items():
         print(f"  {count} reports in {kernel}")
     if code != 0:
@@ -430,21 +446,35 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
     return result
 
 
-def write_record(path: Path, tools: Sequence[str]) -> int:
+def sum_of(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a tool says of the whole grid: each different summary and exit code, and what counts added up."""
+    codes = list(dict.fromkeys(part["exit_code"] for part in parts))
+    return {
+        "tool": parts[0]["tool"],
+        "exit_code": next((code for code in codes if code != 0), 0),
+        "summary": "; ".join(dict.fromkeys(part["summary"] for part in parts)),
+        "problems": sum(part["problems"] for part in parts),
+        "findings": dict(sum((Counter(part["findings"]) for part in parts), Counter()).most_common()),
+        "wall_s": max(part["wall_s"] for part in parts),
+    }
+
+
+def write_record(path: Path, tools: Sequence[str], num_parts: int) -> int:
     sanitizer = find_sanitizer()
     with record.unchanged_sources() as sha:
-        subprocess.run(
-            [sys.executable, __file__], cwd=ROOT, check=True
-        )  # fills the cache of compiled kernels
-        with ThreadPoolExecutor(len(tools)) as pool:  # they are busy on the host
-            results = list(pool.map(run_tool, itertools.repeat(sanitizer), tools))
+        record.precompile()
+        parts = [Part(index, num_parts) for index in range(num_parts)]
+        with ThreadPoolExecutor(len(tools) * num_parts) as pool:  # they are busy on the host
+            runs = [[pool.submit(run_tool, sanitizer, tool, part) for part in parts] for tool in tools]
+            results = [sum_of([run.result() for run in of_tool]) for of_tool in runs]
     record.write(
         {
             "kind": "compute-sanitizer",
             **timing.environment(),
             "source_sha256": sha,
             "sanitizer_version": record.tool_version(sanitizer),
-            "command": f"compute-sanitizer --tool TOOL --error-exitcode {ERROR_EXIT} python bench/sanitize.py",
+            "command": f"compute-sanitizer --tool TOOL --error-exitcode {ERROR_EXIT} python bench/sanitize.py "
+            f"--part I {num_parts}",
             "rows": results,
         },
         path,
@@ -458,14 +488,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--record", type=Path, nargs="?", const=record.RESULTS / "sanitizer.json", metavar="FILE"
     )
+    parser.add_argument(
+        "--parts", type=int, default=4, metavar="N", help="processes for each tool (%(default)s)"
+    )
+    parser.add_argument("--part", type=int, nargs=2, default=Part(), metavar=("I", "N"), help="from 0 on")
     parser.add_argument("--tools", nargs="+", choices=(*TOOLS, "initcheck"), default=TOOLS)
     options = parser.parse_args(arguments)
     if reason := timing.missing_gpu():
         print(f"{reason}: nothing to check")
         return 2
     if options.record is not None:
-        return write_record(options.record, options.tools)
-    run_grid()
+        return write_record(options.record, options.tools, options.parts)
+    run_grid(Part(*options.part))
     return 0
 
 

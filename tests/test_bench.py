@@ -681,6 +681,29 @@ def test_junit_counts_and_sums(tmp_path: Path) -> None:
     assert counts["seconds"] == pytest.approx(2.45, abs=0.06)
 
 
+def test_files_of_tests_run_side_by_side_and_some_alone(tmp_path: Path, capsys: Any) -> None:
+    mark = "import pytest\n@pytest.mark.gpu\n"
+    files = {
+        "test_right.py": f"{mark}@pytest.mark.parametrize('i', [0, 1])\ndef test_it(i): pass\n",
+        "test_wrong.py": f"{mark}def test_it(): assert 1 == 2\n",
+        "test_none.py": "def test_it(): pass\n",
+        "test_runtime.py": f"{mark}def test_it(): pass\n",
+    }
+    assert "test_runtime.py" in record.ALONE
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, reports = record.run_test_files([tmp_path / name for name in files], tmp_path, 2)
+    counts = record.parse_junit(*reports)
+    assert (code, counts["passed"], counts["failed"]) == (1, 3, 1)
+    shown = capsys.readouterr().out
+    assert "test_right.py: 2 passed" in shown
+    assert "assert 1 == 2" in shown
+    (tmp_path / "test_wrong.py").unlink()
+    files.pop("test_wrong.py")
+    assert record.run_test_files([tmp_path / name for name in files], tmp_path, 1)[0] == 0
+
+
 def synthetic_row(config: configs.Config, of_roof: float = 0.9, sdpa: float | None = None) -> dict[str, Any]:
     """As a run writes it, at a roof of 3000 GB/s; `sdpa` is our time over torch's."""
     cold_us = config.num_bytes / (3000 * of_roof) * 1e-3
@@ -1156,6 +1179,34 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     kinds = {(one, "short") for one in instances}
     kinds |= {(one, "long") for one in instances if one[1] == bfloat16}
     assert seen == kinds | {(one, "many") for one in many}
+
+
+def test_sanitizer_parts_make_a_whole() -> None:
+    from bench.sanitize import Part, sum_of
+
+    assert list(Part().pick(range(7))) == list(range(7))
+    assert sorted(x for i in range(3) for x in Part(i, 3).pick(range(7))) == list(range(7))
+    right = {
+        "tool": "racecheck",
+        "exit_code": 0,
+        "summary": "0",
+        "problems": 5,
+        "findings": {},
+        "wall_s": 3.0,
+    }
+    wrong = right | {
+        "exit_code": None,
+        "summary": "stopped",
+        "problems": 1,
+        "findings": {"a": 2},
+        "wall_s": 9.0,
+    }
+    assert sum_of([right, right]) == right | {"problems": 10}
+    assert sum_of([right, wrong, wrong]) == wrong | {
+        "summary": "0; stopped",
+        "problems": 7,
+        "findings": {"a": 4},
+    }
 
 
 def test_sanitizer_findings_are_counted_by_kernel() -> None:
