@@ -140,18 +140,22 @@ def run_test_file(file: Path, junit: Path) -> int:
         return 0
     last = run.stdout.strip().rpartition("\n")[2]
     print(f"{file.name}: {last}" if run.returncode == 0 else run.stdout, flush=True)
-    return run.returncode if junit.exists() else run.returncode or 1
+    return run.returncode
 
 
 def run_test_files(files: Sequence[Path], scratch: Path, jobs: int) -> tuple[int, list[Path]]:
-    """Run the GPU tests of all files, `jobs` of them at a time: they are busy on the host. Exit status and reports."""
+    """Run the GPU tests of all files, `jobs` of them at a time: they are busy on the host. Exit status and reports.
+
+    The status is the first that is not 0, of whatever sign: a process that a signal ends has a negative one, and leaves
+    no report.
+    """
     reports = [scratch / f"{file.stem}.xml" for file in files]
     pairs = list(zip(files, reports, strict=True))
     together = [pair for pair in pairs if pair[0].name not in ALONE]
     with ThreadPoolExecutor(jobs) as pool:
         codes = list(pool.map(run_test_file, *zip(*together, strict=True)))
     codes += [run_test_file(*pair) for pair in pairs if pair[0].name in ALONE]
-    return max(codes), [report for report in reports if report.exists()]
+    return next(filter(None, codes), 0), reports
 
 
 def record_tests(path: Path, jobs: int) -> int:
@@ -160,8 +164,8 @@ def record_tests(path: Path, jobs: int) -> int:
     with unchanged_sources() as sha, tempfile.TemporaryDirectory() as scratch:
         files = sorted((ROOT / "tests").glob("test_*.py"))
         code, reports = run_test_files(files, Path(scratch), jobs)
-        if not reports:
-            print(f"pytest ended with {code} and left no report; nothing recorded")
+        if missing := [report.stem for report in reports if not report.exists()]:
+            print(f"pytest ended with {code} and left no report of {', '.join(missing)}; nothing recorded")
             return code or 1
         counts = parse_junit(*reports)
     record = {

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -702,6 +703,20 @@ def test_files_of_tests_run_side_by_side_and_some_alone(tmp_path: Path, capsys: 
     (tmp_path / "test_wrong.py").unlink()
     files.pop("test_wrong.py")
     assert record.run_test_files([tmp_path / name for name in files], tmp_path, 1)[0] == 0
+    # A process that a signal ends has a negative status, and leaves no report.
+    killed = tmp_path / "test_killed.py"
+    killed.write_text(f"import os, signal\n{mark}def test_it(): os.kill(os.getpid(), signal.SIGKILL)\n")
+    code, reports = record.run_test_files([tmp_path / "test_right.py", killed], tmp_path, 2)
+    assert code == -signal.SIGKILL
+    assert [report.exists() for report in reports] == [True, False]
+
+
+def test_no_record_without_all_reports(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(record, "precompile", lambda: None)
+    monkeypatch.setattr(record, "run_test_files", lambda files, scratch, jobs: (-9, [scratch / "test_a.xml"]))
+    assert record.record_tests(tmp_path / "gpu_tests.json", 1) == -9
+    assert "no report of test_a; nothing recorded" in capsys.readouterr().out
+    assert not (tmp_path / "gpu_tests.json").exists()
 
 
 def synthetic_row(config: configs.Config, of_roof: float = 0.9, sdpa: float | None = None) -> dict[str, Any]:
