@@ -128,33 +128,33 @@ def precompile() -> None:
 
 
 NO_TESTS = 5  # what pytest ends with where none is chosen
-# What measures times, or wants the device for itself, runs when all else is done.
-ALONE = ("test_launch_order_gpu.py", "test_runtime.py")
+# Tests marked so measure times, or hold SMs, and run when all else is done: other processes would disturb them.
+ALONE = "alone"
 
 
-def run_test_file(file: Path, junit: Path) -> int:
-    """Run the GPU tests of one file; print how it ended, and all that pytest says where a test fails."""
-    command = [sys.executable, "-m", "pytest", str(file), "-m", "gpu", "-q", f"--junitxml={junit}"]
+def run_tests(files: Sequence[Path], chosen: str, junit: Path) -> int:
+    """Run GPU tests of files, of the `chosen` marks; print how it ended, and where a test fails what pytest says."""
+    paths = [str(file) for file in files]
+    command = [sys.executable, "-m", "pytest", *paths, "-m", f"gpu and {chosen}", "-q", f"--junitxml={junit}"]
     run = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if run.returncode == NO_TESTS:
         return 0
     last = run.stdout.strip().rpartition("\n")[2]
-    print(f"{file.name}: {last}" if run.returncode == 0 else run.stdout, flush=True)
+    print(f"{junit.stem}: {last}" if run.returncode == 0 else run.stdout, flush=True)
     return run.returncode
 
 
-def run_test_files(files: Sequence[Path], scratch: Path, jobs: int) -> tuple[int, list[Path]]:
+def run_all_tests(files: Sequence[Path], scratch: Path, jobs: int) -> tuple[int, list[Path]]:
     """Run the GPU tests of all files, `jobs` of them at a time: they are busy on the host. Exit status and reports.
 
     The status is the first that is not 0, of whatever sign: a process that a signal ends has a negative one, and leaves
     no report.
     """
     reports = [scratch / f"{file.stem}.xml" for file in files]
-    pairs = list(zip(files, reports, strict=True))
-    together = [pair for pair in pairs if pair[0].name not in ALONE]
     with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(run_test_file, *zip(*together, strict=True)))
-    codes += [run_test_file(*pair) for pair in pairs if pair[0].name in ALONE]
+        codes = list(pool.map(lambda file, report: run_tests([file], f"not {ALONE}", report), files, reports))
+    reports.append(scratch / f"{ALONE}.xml")
+    codes.append(run_tests(files, ALONE, reports[-1]))
     return next(filter(None, codes), 0), reports
 
 
@@ -163,7 +163,7 @@ def record_tests(path: Path, jobs: int) -> int:
     precompile()
     with unchanged_sources() as sha, tempfile.TemporaryDirectory() as scratch:
         files = sorted((ROOT / "tests").glob("test_*.py"))
-        code, reports = run_test_files(files, Path(scratch), jobs)
+        code, reports = run_all_tests(files, Path(scratch), jobs)
         if missing := [report.stem for report in reports if not report.exists()]:
             print(f"pytest ended with {code} and left no report of {', '.join(missing)}; nothing recorded")
             return code or 1
@@ -172,7 +172,7 @@ def record_tests(path: Path, jobs: int) -> int:
         "kind": "gpu tests",
         **timing.environment(),
         "source_sha256": sha,
-        "command": "pytest FILE -m gpu, for each file of tests/",
+        "command": "pytest FILE -m 'gpu and not alone', for each file of tests/; pytest -m 'gpu and alone'",
         "jobs": jobs,
         "pytest_exit": code,
         "wall_s": round(time.perf_counter() - start, 1),

@@ -32,6 +32,7 @@ def why_no_gpu() -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "alone: measures times, or holds SMs: wants the device for itself")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 

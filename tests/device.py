@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -24,6 +26,7 @@ from problems import (
 )
 
 import cupyattn
+from cupyattn import kernels
 from cupyattn.runs import is_zeroed
 
 _ROW_SLACK = 2  # one row's relative error may be so many times that of all rows together
@@ -313,8 +316,11 @@ def assert_neighbours_change_no_bit(every: Problem, fixed_split_size: int) -> No
 
 
 def new_stream(xp: ModuleType) -> Any:
-    """A stream as a context manager, with `synchronize`."""
-    return _NoStream() if xp is np else xp.cuda.Stream(non_blocking=True)
+    """A stream as a context manager, with `synchronize`. It waits for no other: all that is under way is done first."""
+    if xp is np:
+        return _NoStream()
+    xp.cuda.Device().synchronize()
+    return xp.cuda.Stream(non_blocking=True)
 
 
 class _NoStream(contextlib.nullcontext):  # type: ignore[type-arg]
@@ -535,3 +541,13 @@ def check_where_another_kernel_holds_the_sms(
         assert to_host(out).tobytes() + to_host(lse).tobytes() == expected
         assert is_zeroed(workspace)
         poison(out)
+
+
+def assert_heads(problem: Problem, heads: int, **settings: Any) -> None:
+    """On a GPU: the kernel that is chosen has tiles of so many KV heads."""
+    if problem.xp is np:
+        return
+    operands = problem.q, problem.cache, problem.qo_indptr, problem.pages, None, None, None
+    plan = sys.modules["cupyattn.decode"]._plans.make(operands, (settings.get("fixed_split_size"),))
+    template = re.search("<(.*)>", plan.runs._kernel.name)[1].split(", ")
+    assert int(template[kernels.DECODE.template.index("kHeads")]) == heads

@@ -688,32 +688,34 @@ def test_files_of_tests_run_side_by_side_and_some_alone(tmp_path: Path, capsys: 
         "test_right.py": f"{mark}@pytest.mark.parametrize('i', [0, 1])\ndef test_it(i): pass\n",
         "test_wrong.py": f"{mark}def test_it(): assert 1 == 2\n",
         "test_none.py": "def test_it(): pass\n",
-        "test_runtime.py": f"{mark}def test_it(): pass\n",
+        "test_both.py": f"{mark}@pytest.mark.alone\ndef test_it(): pass\n{mark}def test_more(): pass\n",
     }
-    assert "test_runtime.py" in record.ALONE
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n gpu\n alone\n")
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    code, reports = record.run_test_files([tmp_path / name for name in files], tmp_path, 2)
+    code, reports = record.run_all_tests([tmp_path / name for name in files], tmp_path, 2)
     counts = record.parse_junit(*reports)
-    assert (code, counts["passed"], counts["failed"]) == (1, 3, 1)
+    assert (code, counts["passed"], counts["failed"]) == (1, 4, 1)
+    assert len(reports) == len(files) + 1
     shown = capsys.readouterr().out
-    assert "test_right.py: 2 passed" in shown
+    assert "test_right: 2 passed" in shown
+    assert "test_both: 1 passed, 1 deselected" in shown
+    assert shown.index("test_both: 1 passed") < shown.index("alone: 1 passed")
     assert "assert 1 == 2" in shown
     (tmp_path / "test_wrong.py").unlink()
     files.pop("test_wrong.py")
-    assert record.run_test_files([tmp_path / name for name in files], tmp_path, 1)[0] == 0
+    assert record.run_all_tests([tmp_path / name for name in files], tmp_path, 1)[0] == 0
     # A process that a signal ends has a negative status, and leaves no report.
     killed = tmp_path / "test_killed.py"
     killed.write_text(f"import os, signal\n{mark}def test_it(): os.kill(os.getpid(), signal.SIGKILL)\n")
-    code, reports = record.run_test_files([tmp_path / "test_right.py", killed], tmp_path, 2)
+    code, reports = record.run_all_tests([tmp_path / "test_right.py", killed], tmp_path, 2)
     assert code == -signal.SIGKILL
-    assert [report.exists() for report in reports] == [True, False]
+    assert [report.exists() for report in reports] == [True, False, True]
 
 
 def test_no_record_without_all_reports(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setattr(record, "precompile", lambda: None)
-    monkeypatch.setattr(record, "run_test_files", lambda files, scratch, jobs: (-9, [scratch / "test_a.xml"]))
+    monkeypatch.setattr(record, "run_all_tests", lambda files, scratch, jobs: (-9, [scratch / "test_a.xml"]))
     assert record.record_tests(tmp_path / "gpu_tests.json", 1) == -9
     assert "no report of test_a; nothing recorded" in capsys.readouterr().out
     assert not (tmp_path / "gpu_tests.json").exists()

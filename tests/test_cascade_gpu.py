@@ -700,6 +700,7 @@ def test_many_threads_at_once(xp):
         assert result == {wanted}, f"thread {i}: {len(result - {wanted})} wrong results"
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["many-share-one", "long-own", "tree-of-eight-levels"])
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from device import (
     Changing,
+    assert_heads,
     assert_neighbours_change_no_bit,
     assert_right,
     attend,
@@ -372,6 +372,7 @@ def test_parts_of_kv_heads(xp, head_dim, group_size, num_kv_heads, num_parts):
         check(problem, (head_dim, group_size, num_kv_heads, i))
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_parts_where_another_kernel_holds_the_sms(gpu):
     """A CTA may merge what one of another part has left."""
@@ -392,16 +393,6 @@ def roomy(kv_lens, *, page_size=16, xp, **arguments):
     """A problem of head_dim 64 whose table has room for so many tiles that pairs of KV heads pay."""
     spare_entries = size(xp, ROOM // page_size, 1)
     return build_problem(kv_lens, page_size=page_size, spare_entries=spare_entries, xp=xp, **arguments)
-
-
-def assert_heads(problem, heads, **settings):
-    """On a GPU: the kernel that is chosen has tiles of so many KV heads."""
-    if problem.xp is np:
-        return
-    operands = problem.q, problem.cache, problem.qo_indptr, problem.pages, None, None, None
-    plan = sys.modules["cupyattn.decode"]._plans.make(operands, (settings.get("fixed_split_size"),))
-    template = re.search("<(.*)>", plan.runs._kernel.name)[1].split(", ")
-    assert int(template[kernels.DECODE.template.index("kHeads")]) == heads
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -811,6 +802,7 @@ def test_streams_have_workspaces_of_their_own(gpu):
     assert not first.any()  # back at zero
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cascade_problems import build_cascade
-from device import capture, new_stream, poison
+from device import assert_heads, capture, new_stream, poison
 from problems import build_mla_problem, build_problem
 
 import cupyattn
+
+pytestmark = pytest.mark.alone
 
 _LATE = r"""
 extern "C" __global__ void write_late(char* to, const char* from, long long num_bytes) {
@@ -35,6 +37,20 @@ def decode_case(gpu, lens=(3000, 1, 700, 64), **arguments):
     p = build_problem(lens, poison=False, xp=gpu, **arguments)
     out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
     arrays = {"q": p.q, "pages": p.bases[0], **tables_of(p)}
+    return arrays, (out, lse), lambda **more: p.call(cupyattn.decode, out=out, lse=lse, **more)
+
+
+def strided_table_case(gpu, row_stride, **arguments):
+    """A dense table whose rows begin `row_stride` entries apart: more than a row's width, or less, as rows overlap."""
+    lens = [3000, 700, 64, 1]
+    p = build_problem(lens, poison=False, xp=gpu, dense=True, head_dim=128, num_kv_heads=8, **arguments)
+    batch, width = p.kv_indices.shape
+    assert row_stride != width
+    memory = gpu.arange((batch - 1) * row_stride + width, dtype=np.int32) * 7 % p.bases[0].shape[0]
+    table = gpu.lib.stride_tricks.as_strided(memory, (batch, width), (4 * row_stride, 4))
+    p = p.replace(kv_indices=table)
+    out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
+    arrays = {"q": p.q, "pages": p.bases[0], "kv_lens": p.kv_lens, "kv_indices": memory}
     return arrays, (out, lse), lambda **more: p.call(cupyattn.decode, out=out, lse=lse, **more)
 
 
@@ -71,12 +87,22 @@ def merge_case(gpu):
     return {"out": out, "lse": lse}, into, lambda: cupyattn.merge_states(out, lse, into=into)
 
 
+def pairs_case(gpu):
+    arguments = {"num_kv_heads": 4, "head_dim": 64, "dense": True, "spare_entries": 2000}
+    assert_heads(build_problem([3000], poison=False, xp=gpu, **arguments), 2)
+    return decode_case(gpu, **arguments)
+
+
 CASES = {
     "decode": lambda gpu: decode_case(gpu, group_size=4),
     "decode, many rows": lambda gpu: decode_case(gpu, group_size=40, head_dim=128),
     "decode, parts": lambda gpu: decode_case(
         gpu, num_kv_heads=8, head_dim=128, dense=True, spare_entries=2000
     ),
+    "decode, pairs of heads": pairs_case,
+    "decode, table with wide rows": lambda gpu: strided_table_case(gpu, 200),
+    "decode, table with rows in common": lambda gpu: strided_table_case(gpu, 1),
+    "decode, parts, table with rows in common": lambda gpu: strided_table_case(gpu, 3, spare_entries=2000),
     "decode, 16 rows of a window": lambda gpu: decode_case(
         gpu, [3000, 0, 700, 64, 0], group_size=12, head_dim=128, window_left=40
     ),

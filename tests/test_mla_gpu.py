@@ -768,6 +768,7 @@ def test_two_streams_at_once(xp, fixed_split_size):
         assert mode["workspace"] is None or is_zeroed(mode["workspace"])
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
 @pytest.mark.parametrize("num_heads", [16, 64, 128])

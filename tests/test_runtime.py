@@ -802,6 +802,7 @@ def test_own_kernel_runs(cupy: Any) -> None:
 def test_own_stream_and_launch_error(cupy: Any) -> None:
     kernel = get_kernel("axpy", "float", 1)
     x, y = cupy.ones(64, "f4"), cupy.zeros(64, "f4")
+    cupy.cuda.Device().synchronize()  # the stream below does not wait for the one they are made on
     with cupy.cuda.Stream(non_blocking=True) as stream:
         kernel.launch(1, 64, (x, y, 64, 1.0))
         stream.synchronize()
@@ -866,6 +867,7 @@ def test_programmatic_dependent_launch_keeps_order(cupy: Any, tmp_path: Path) ->
 def test_graph_capture_and_replay(cupy: Any) -> None:
     x, y = cupy.ones(100, "f4"), cupy.zeros(100, "f4")
     kernel = get_kernel("axpy", "float", 1)
+    cupy.cuda.Device().synchronize()  # the stream below does not wait for the one they are made on
     with cupy.cuda.Stream(non_blocking=True) as stream:
         stream.begin_capture()
         kernel.launch(1, 128, (x, y, 100, 1.0))
@@ -941,6 +943,7 @@ def test_launch_on_another_device_than_the_current_one(cupy: Any) -> None:
         assert (y == 3).all()
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_launch_costs_at_most_10_us_of_host_time(cupy: Any, tmp_path: Path) -> None:
     """With as many arguments as the largest kernel has: 32."""
@@ -968,6 +971,7 @@ def test_launch_costs_at_most_10_us_of_host_time(cupy: Any, tmp_path: Path) -> N
         assert statistics.median(times) <= 10
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_first_use_is_quick(cupy: Any) -> None:
     """At most 3 s with a compile; at most 50 ms from the disk cache, in a fresh process with a context."""
