@@ -725,6 +725,7 @@ def test_where_another_kernel_holds_the_sms(gpu, name, arguments):
         poison(out)
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_allocated_or_waited_for(gpu, kind):

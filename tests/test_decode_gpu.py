@@ -817,6 +817,7 @@ def test_where_another_kernel_holds_the_sms(gpu, fixed_split_size, num_kv_heads)
     check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size)
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_nothing_is_allocated_or_waited_for(gpu):
     """With outputs given, a warm call takes no memory; it returns while the stream is still busy."""

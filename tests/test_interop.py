@@ -308,6 +308,7 @@ def slow(torch, milliseconds=30):
     torch.cuda._sleep(int(milliseconds * 1.7e6))  # cycles
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_torch_stream_order(gpu):
     """Inputs come late on the caller's stream, outputs are read at once on it: no wait, nothing stale."""
@@ -362,6 +363,7 @@ def test_torch_streams_survive(gpu):
     assert gpu.cuda.get_current_stream() == gpu.cuda.Stream.null  # CuPy's own choice is as it was
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_append_and_merge_on_the_stream_of_torch(gpu):
     torch = Framework("torch", "gpu")

@@ -780,6 +780,7 @@ def test_where_another_kernel_holds_the_sms(gpu, num_heads, fixed_split_size):
     check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size, num_free)
 
 
+@pytest.mark.alone
 @pytest.mark.gpu
 def test_nothing_is_allocated_or_waited_for(gpu):
     """With outputs given, a warm call takes no memory; it returns while the stream is still busy."""
