@@ -71,8 +71,9 @@ __device__ __forceinline__ u64 atomic_cas(u64* gmem, u64 expected, u64 x) {
   return old;
 }
 
-// Before a flag is written, and after one has been read.
+// Before a flag is written.
 __device__ __forceinline__ void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void fence_acq_rel_cta() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 // Adds eight columns that have been packed.
 __device__ __forceinline__ void add_eight(float (&acc)[8], float weight, const uint4& packed) {
@@ -513,29 +514,33 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
 }
 
 // As merge_lines, of FlaggedPartials, one line at least. Code that runs once takes longer to fetch than to run: so loops are
-// not unrolled, and lines pass through shared memory, from which each lane takes what it has copied. `scratch`: for each
-// line and state that a team of lanes has (32 at most, of 64 rows and 132 CTAs), 136 bytes a team; 272 bytes a warp.
+// not unrolled, and lines pass through shared memory, from which each lane takes what it has copied. `scratch`: 136 bytes
+// a team for each line and state that it has places for (32 at most, of 64 rows and 132 CTAs), and 272 bytes a warp.
 template <int kThreads, int kHeadDim, int kTileQ, typename Find>
 __device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadDim, kTileQ>& partials,
-                                                    const GroupSlots& group, int first_line, int end_line,
+                                                    GroupSlots group, int first_line, int end_line,
                                                     unsigned char* scratch, const Find& find) {
   constexpr int kRowLines = FlaggedPartials<kHeadDim, kTileQ>::kRowLines;
   constexpr int kTeams = kThreads / 8;
-  const int tid = threadIdx.x;
+  constexpr int kTeamsLog2 = 5;
+  static_assert(kTeams == 1 << kTeamsLog2);
+  const u32 tid = threadIdx.x;
   const int lane = tid % 8;  // eight are a team, and share a line
   const int team = tid / 8;
   const int num_lines = end_line - first_line;
   const int num_states = group.num_partials;
-  // With fewer lines than teams, several share the states of a line, in powers of two; else a team has several lines.
-  const int parts_log2 = num_lines >= kTeams ? 0 : 31 - __clz(kTeams / num_lines);
+  // With fewer lines than teams, several share the states of a line, in powers of two; else a team has several lines, and
+  // places for a power of two of them.
+  const int lines_log2 = 32 - __clz(num_lines - 1);
+  const int parts_log2 = max(kTeamsLog2 - lines_log2, 0);
+  const int places_log2 = max(lines_log2 - kTeamsLog2, 0);
   const int part = team & (1 << parts_log2) - 1;
   const int first_own = team >> parts_log2;
-  const int most_lines = parts_log2 == 0 ? ceil_div(num_lines, kTeams) : 1;
-  const int most_states = ceil_div(num_states, 1 << parts_log2);
+  const int most = num_states + (1 << parts_log2) - 1 >> parts_log2 << places_log2;  // places, of all states
   const int own_states = num_states - part + (1 << parts_log2) - 1 >> parts_log2;
-  const auto has_line = [&](int i) { return first_own + i * kTeams < num_lines; };
-  uint4* data = reinterpret_cast<uint4*>(scratch) + tid;  // [most_lines * most_states][kThreads]
-  const int most = most_lines * most_states;
+  const auto has_line = [&](int l) { return first_own + l * kTeams < num_lines; };
+  const auto place_of = [&](int l, int state) { return state << places_log2 | l; };
+  uint4* data = reinterpret_cast<uint4*>(scratch) + tid;  // [most][kThreads]
   // lse, then weight, and factor: [most][kTeams]
   float2* weights = reinterpret_cast<float2*>(scratch + most * kThreads * sizeof(uint4)) + team;
   float* sums =
@@ -550,10 +555,10 @@ __device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadD
     u64 x[kFinds];
 #pragma unroll
     for (int k = 0; k < kFinds; ++k) {
-      const int i = begin + k * 8 + lane;
-      const int own_line = static_cast<u32>(i) / static_cast<u32>(most_states);
-      const int own_state = i - own_line * most_states;
-      const bool exists = i < most && own_state < own_states && has_line(own_line);
+      const int place = begin + k * 8 + lane;
+      const int own_line = place & (1 << places_log2) - 1;
+      const int own_state = place >> places_log2;
+      const bool exists = own_state < own_states && has_line(own_line);
       const int slot = group.slot(part + (own_state << parts_log2));
       const int line = first_line + first_own + own_line * kTeams;
       flags[k] = exists ? partials.flag_at(slot, line) : nullptr;
@@ -573,7 +578,9 @@ __device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadD
       if (polls > kPatience) __trap();
       if (polls >= kHotPolls) __nanosleep(40);
     }
-    fence_acq_rel();
+    // What a flag tells of was in L2 before it. Copies of 16 bytes read there, by no way through L1 (as others might), and
+    // begin when this branch is taken: a fence of all of the GPU, which would be 0.4 us, has nothing left to do.
+    fence_acq_rel_cta();
     __syncwarp();
     // As many for each team of the warp.
     const int num = min(8 * kFinds, most - begin);
@@ -596,34 +603,64 @@ __device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadD
     __syncwarp();
   }
   cp_async_commit();
-  // Weights: a team's lanes have a line each; or the states of one line, together with those of all teams in the warp.
-  SoftmaxState state;
-  const int together = min(8 << parts_log2, 32);
-  const auto states_of = [&](int l) { return has_line(l) ? own_states : 0; };
-  if (most_lines > 1) {
+  // What lane's columns of a line become.
+  const auto write = [&](int l, const float (&acc)[8], float factor, float row_lse_log2) {
+    const int line = first_line + first_own + l * kTeams;
+    const auto target = find(line / kRowLines, line % kRowLines * partials.kLineDims + lane * 8);
+    target.write(0, make_float4(acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor));
+    target.write(4, make_float4(acc[4] * factor, acc[5] * factor, acc[6] * factor, acc[7] * factor));
+    target.write_lse(row_lse_log2);
+  };
+  if (places_log2 > 0) {
+    // Weights: a team's lanes have a line each.
 #pragma unroll 1
-    for (int l = lane; l < most_lines; l += 8) {
-      float2* own = weights + l * most_states * kTeams;
+    for (int l = lane; l < 1 << places_log2; l += 8) {
+      if (!has_line(l)) break;
       SoftmaxState of_line;
       float lse_max = neg_infinity();
-      for (int j = 0; j < states_of(l); ++j) lse_max = fmaxf(lse_max, own[j * kTeams].x);
+      for (int j = 0; j < num_states; ++j) lse_max = fmaxf(lse_max, weights[place_of(l, j) * kTeams].x);
       of_line.raise(lse_max);
-      for (int j = 0; j < states_of(l); ++j) of_line.sum += of_line.weight(own[j * kTeams].x);
+      for (int j = 0; j < num_states; ++j) of_line.sum += of_line.weight(weights[place_of(l, j) * kTeams].x);
       const float inverse = of_line.inverse_sum();
-      for (int j = 0; j < states_of(l); ++j) {
-        const float2 x = own[j * kTeams];
-        own[j * kTeams] = make_float2(of_line.weight(x.x) * x.y * inverse, of_line.lse_log2());
+      for (int j = 0; j < num_states; ++j) {
+        const float2 x = weights[place_of(l, j) * kTeams];
+        weights[place_of(l, j) * kTeams] =
+            make_float2(of_line.weight(x.x) * x.y * inverse, of_line.lse_log2());
+      }
+    }
+    cp_async_wait<0>();
+    __syncwarp();
+    constexpr int kAtOnce = 4;  // lines, or a chain of latencies for each
+#pragma unroll 1
+    for (int first = 0; has_line(first); first += kAtOnce) {
+      float acc[kAtOnce][8] = {};
+#pragma unroll 1
+      for (int j = 0; j < num_states; ++j) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (!has_line(first + i)) continue;
+          const int place = place_of(first + i, j);
+          add_eight(acc[i], weights[place * kTeams].x, data[place * kThreads]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (has_line(first + i)) write(first + i, acc[i], 1.0f, weights[place_of(first + i, 0) * kTeams].y);
       }
     }
   } else {
+    // Weights: the lanes have the states of one line, together with those of all teams in the warp.
+    SoftmaxState state;
+    const int together = min(8 << parts_log2, 32);
+    const int states = has_line(0) ? own_states : 0;
     float lse_max = neg_infinity();
-    for (int j = lane; j < states_of(0); j += 8) lse_max = fmaxf(lse_max, weights[j * kTeams].x);
+    for (int j = lane; j < states; j += 8) lse_max = fmaxf(lse_max, weights[j * kTeams].x);
 #pragma unroll 1
     for (int delta = 1; delta < together; delta *= 2) {
       lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
     }
     state.raise(lse_max);
-    for (int j = lane; j < states_of(0); j += 8) {
+    for (int j = lane; j < states; j += 8) {
       const float2 x = weights[j * kTeams];
       const float weight = state.weight(x.x);
       state.sum += weight;
@@ -633,18 +670,11 @@ __device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadD
     for (int delta = 1; delta < together; delta *= 2) {
       state.sum += __shfl_xor_sync(0xffffffffu, state.sum, delta);
     }
-  }
-  cp_async_wait<0>();
-  __syncwarp();
-#pragma unroll 1
-  for (int l = 0; l < most_lines; ++l) {
-    const float2* own = weights + l * most_states * kTeams;
+    cp_async_wait<0>();
+    __syncwarp();
     float acc[8] = {};
 #pragma unroll 4
-    for (int j = 0; j < states_of(l); ++j) {
-      const float weight = own[j * kTeams].x;
-      add_eight(acc, weight, data[(l * most_states + j) * kThreads]);
-    }
+    for (int j = 0; j < states; ++j) add_eight(acc, weights[j * kTeams].x, data[j * kThreads]);
 #pragma unroll 1
     for (int delta = 8; delta < together; delta *= 2) {
 #pragma unroll
@@ -670,16 +700,7 @@ __device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadD
         }
       }
     }
-    if (part == 0 && has_line(l)) {
-      const float inverse = most_lines > 1 ? 1.0f : state.inverse_sum();
-#pragma unroll
-      for (int i = 0; i < 8; ++i) acc[i] *= inverse;
-      const int line = first_line + first_own + l * kTeams;
-      const auto target = find(line / kRowLines, line % kRowLines * partials.kLineDims + lane * 8);
-      target.write(0, make_float4(acc[0], acc[1], acc[2], acc[3]));
-      target.write(4, make_float4(acc[4], acc[5], acc[6], acc[7]));
-      target.write_lse(most_lines > 1 ? own[0].y : state.lse_log2());
-    }
+    if (part == 0 && has_line(0)) write(0, acc, state.inverse_sum(), state.lse_log2());
   }
   sync_threads<kThreads>();  // the scratch memory is free again
 }

@@ -155,6 +155,19 @@ __device__ __forceinline__ void merge_share(const Team<kNumThreads>& team,
                          [&](int row, int dim) { return output.row_at(tile, row, dim); });
 }
 
+// The same of FlaggedPartials; see there for `scratch`.
+template <int kInFlight, bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ>
+__device__ __forceinline__ void merge_share(const Team<kNumThreads>&,
+                                            const FlaggedPartials<kHeadDim, kTileQ>& partials,
+                                            const Output<T, kTileQ>& output, const TileInfo& tile,
+                                            float* scratch) {
+  static_assert(!kFixedSplits);
+  if (tile.first_line >= tile.end_line) return;
+  merge_flagged_lines<kNumThreads>(partials, tile.group, tile.first_line, tile.end_line,
+                                   reinterpret_cast<unsigned char*>(scratch),
+                                   [&](int row, int dim) { return output.row_at(tile, row, dim); });
+}
+
 // The shares of a CTA that have several sharers, one after the other; `merge_one(share)` does one.
 template <typename MergeOne>
 __device__ __forceinline__ void merge_in_turn(const TileInfo (&shares)[2], const MergeOne& merge_one) {
