@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr bool kGuesses = kLaunchesEarly && kTileQ != 32;  // 32 rows have no registers for it
   const Beginning beginning =
       guess_run<kThreads, kGuesses>(problem, reads_early, load, partition, ask_for_keys, look_again,
-                                    blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
+                                    false, blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;

@@ -269,12 +269,39 @@ struct Cursor {
   }
 };
 
-// The sum of what this thread and those before it have, and that of all; what is set in any thread's `flags`. All
-// threads must call it.
-template <int kThreads, bool kHasFlags>
-__device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) {
+// What begin_run must know of all requests, of one or several: bits of one word.
+struct Traits {
+  // Of any request:
+  static constexpr u32 kHasMoreQTiles = 1;    // than one
+  static constexpr u32 kDiffersInQTiles = 2;  // from the first request
+  static constexpr u32 kDiffersInTiles = 4;
+  // Of the first one:
+  static constexpr int kQTilesShift = 3;
+  static constexpr int kMostQTiles = 7;  // stands for more, too
+  static constexpr int kTilesShift = 6;  // 2^31 keys are 2^25 tiles
+  u32 bits;
+
+  __device__ __forceinline__ int q_tiles() const { return bits >> kQTilesShift & kMostQTiles; }
+  __device__ __forceinline__ int tiles() const { return bits >> kTilesShift; }
+  static __device__ __forceinline__ Traits of(int num_q_tiles, int num_tiles) {
+    return {static_cast<u32>(num_tiles) << kTilesShift | min(num_q_tiles, kMostQTiles) << kQTilesShift |
+            (num_q_tiles > 1 ? kHasMoreQTiles : 0)};
+  }
+  // And of those that `other` says.
+  __device__ __forceinline__ void add(const Traits& other) {
+    bits |= other.bits & ((1 << kQTilesShift) - 1);
+    if (q_tiles() != other.q_tiles()) bits |= kDiffersInQTiles;
+    if (tiles() != other.tiles()) bits |= kDiffersInTiles;
+  }
+};
+
+// The sum of what this thread and those before it have, and that of all; with kHasTraits also what is to be known of all
+// requests, of which the first `num_threads` threads have some, and the first thread the first one. All threads must call
+// it; what they learn of all is the same.
+template <int kThreads, bool kHasTraits>
+__device__ __forceinline__ int inclusive_sum(int value, int& total, Traits& traits, int num_threads) {
   __shared__ int smem_warp_totals[kThreads / 32];
-  __shared__ u32 smem_warp_flags[kThreads / 32];
+  __shared__ Traits smem_warp_traits[kHasTraits ? kThreads / 32 : 1];
   const int tid = threadIdx.x;
   int end = value;
 #pragma unroll
@@ -282,18 +309,23 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, u32& flags) 
     const int other = __shfl_up_sync(0xffffffffu, end, delta);
     if (tid % 32 >= delta) end += other;
   }
-  if (kHasFlags) flags = __reduce_or_sync(0xffffffffu, flags);
+  if (kHasTraits) {
+    Traits of_warp{__shfl_sync(0xffffffffu, traits.bits, 0)};  // of its first thread
+    if (tid < num_threads) of_warp.add(traits);
+    traits.bits = __reduce_or_sync(0xffffffffu, of_warp.bits);
+  }
   if (tid % 32 == 31) {
     smem_warp_totals[tid / 32] = end;
-    if (kHasFlags) smem_warp_flags[tid / 32] = flags;
+    if (kHasTraits) smem_warp_traits[tid / 32] = traits;
   }
   __syncthreads();
   total = 0;
+  if (kHasTraits) traits = smem_warp_traits[0];
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) {
     if (w < tid / 32) end += smem_warp_totals[w];
     total += smem_warp_totals[w];
-    if (kHasFlags) flags |= smem_warp_flags[w];
+    if (kHasTraits && w * 32 < num_threads) traits.add(smem_warp_traits[w]);
   }
   return end;
 }
@@ -342,57 +374,46 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   const int end_request = min(first_request + stride, problem.batch_size);
 
   constexpr int kMaxParts = 4;  // of more, some CTAs would have nothing to do
-  // Of any request:
-  constexpr u32 kHasMoreQTiles = 1;    // than one
-  constexpr u32 kDiffersInQTiles = 2;  // from the first request
-  constexpr u32 kDiffersInTiles = 4;
-  u32 flags = 0;
-  int units = 0;
-  int first_q_tiles = 0;
-  int first_tiles = 1;
-  if (kQTilesOutermost && problem.batch_size > 0) {
-    const OneRequest request(problem, 0);
-    first_q_tiles = request.num_q_tiles(problem);
-    first_tiles = request.num_tiles();
-  }
-  const auto add = [&](const OneRequest& request) {
-    units += request.num_units(problem);
-    if (kQTilesOutermost) {
-      const int num_q_tiles = request.num_q_tiles(problem);
-      flags |= num_q_tiles > 1 ? kHasMoreQTiles : 0;
-      flags |= num_q_tiles != first_q_tiles ? kDiffersInQTiles : 0;
-      flags |= request.num_tiles() != first_tiles ? kDiffersInTiles : 0;
-    }
+  static_assert(kMaxParts < Traits::kMostQTiles);
+  const auto traits_of = [&](const OneRequest& request) {
+    return Traits::of(request.num_q_tiles(problem), request.num_tiles());
   };
+  Traits traits = Traits::of(0, 1);
+  int units = 0;
   Reciprocal by_group_units(1);
   if (first_request < end_request) {
     cursor.request_idx = first_request;
     cursor.request = own.request;
     cursor.pages = own.pages;
-    add(cursor.request);
+    units = cursor.request.num_units(problem);
+    if (kQTilesOutermost) traits = traits_of(cursor.request);
     problem.note(first_request, cursor.request, cursor.pages);
     by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
   }
 #pragma unroll 1
   for (int b = first_request + 1; b < end_request; ++b) {
     const OneRequest request(problem, b);
-    add(request);
+    units += request.num_units(problem);
+    if (kQTilesOutermost) traits.add(traits_of(request));
     problem.note(b, request);
   }
   int total;
-  int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, flags);
+  const int num_threads = ceil_div(problem.batch_size, max(stride, 1));  // that have requests
+  int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, traits, num_threads);
   problem.template place<OneRequest>(first_request, end_request, end - units);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
   partition = Partition(cta, total, by_max_ctas, 1, problem.group_overhead + 1);  // every run has a tile
-  bool has_more_q_tiles = kQTilesOutermost && (flags & kHasMoreQTiles) != 0;
-  if (has_more_q_tiles && (flags & kDiffersInQTiles) == 0 && first_q_tiles <= min(kMaxParts, max_ctas)) {
+  bool has_more_q_tiles = kQTilesOutermost && (traits.bits & Traits::kHasMoreQTiles) != 0;
+  const int num_q_tiles = traits.q_tiles();
+  if (has_more_q_tiles && (traits.bits & Traits::kDiffersInQTiles) == 0 &&
+      num_q_tiles <= min(kMaxParts, max_ctas)) {
     has_more_q_tiles = false;
-    partition = Partition(cta, static_cast<u32>(total) / static_cast<u32>(first_q_tiles),
-                          Reciprocal(max_ctas / first_q_tiles), first_q_tiles);
+    partition = Partition(cta, static_cast<u32>(total) / static_cast<u32>(num_q_tiles),
+                          Reciprocal(max_ctas / num_q_tiles), num_q_tiles);
   }
-  if (kQTilesOutermost && (flags & kDiffersInTiles) == 0) {
+  if (kQTilesOutermost && (traits.bits & Traits::kDiffersInTiles) == 0) {
     // About what a CTA's partial states cost; in a long run, whole groups are read somewhat faster too.
-    partition.align(first_tiles, 4 + partition.quota / 32);
+    partition.align(traits.tiles(), 4 + partition.quota / 32);
   }
   int cta_in_part = cta;
   cursor.q_tile = 0;
@@ -420,13 +441,13 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
       units = 0;
 #pragma unroll 1
       for (int b = first_request; b < end_request; ++b) {
-        const OneRequest request(problem, b);
+        const OneRequest request = b == first_request ? own.request : OneRequest(problem, b);
         if (request.num_q_tiles(problem) > cursor.q_tile) {
           units += problem.num_kv_heads * request.num_units_in_group(problem);
         }
       }
       __syncthreads();  // the totals have been read
-      end = inclusive_sum<kThreads, false>(units, total, flags);
+      end = inclusive_sum<kThreads, false>(units, total, traits, num_threads);
       if (unit < total) break;
       unit -= total;
     }
@@ -481,12 +502,12 @@ enum Beginning { kNoRun, kFound, kGuessed };
 // is, each thread reads again what it has read, and if that differs for any, the run is found anew. In between,
 // `ask_for_keys()` asks L2 for the first keys of a run that is found in what may be anything; `look_again()` begins to
 // read where it has read. With `reads_early` nothing is changed (launch.cuh), so nothing is guessed.
-template <int kThreads, bool kGuesses, int kTileKV, int kTileQ, bool kFixedSplits, typename Problem,
-          typename AskForKeys, typename LookAgain>
-__device__ __forceinline__ Beginning guess_run(const Problem& problem, bool reads_early,
-                                               Cursor<kTileKV, kTileQ, kFixedSplits>& cursor,
-                                               Partition& partition, const AskForKeys& ask_for_keys,
-                                               const LookAgain& look_again, int cta, int max_ctas) {
+template <int kThreads, bool kGuesses, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost,
+          typename Problem, typename AskForKeys, typename LookAgain>
+__device__ __forceinline__ Beginning
+guess_run(const Problem& problem, bool reads_early,
+          Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor, Partition& partition,
+          const AskForKeys& ask_for_keys, const LookAgain& look_again, bool in_pairs, int cta, int max_ctas) {
   constexpr int kMostKeys =
       1 << 21;  // that are believed: with 256 heads and requests, sums of anything fit into 32 bits
   bool guesses = false;
@@ -503,7 +524,7 @@ __device__ __forceinline__ Beginning guess_run(const Problem& problem, bool read
     if (guesses && own.request.kv_len > kMostKeys) {
       own.request = OneRequest(own.request.qo_begin, own.request.qo_len, 0, problem.window_left);
     }
-    const bool has_run = begin_run<kThreads>(problem, own, cursor, partition, false, cta, max_ctas);
+    const bool has_run = begin_run<kThreads>(problem, own, cursor, partition, in_pairs, cta, max_ctas);
     if (!guesses) return has_run ? kFound : kNoRun;
     if (has_run) ask_for_keys();
     wait_for_predecessor();
