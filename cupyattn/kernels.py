@@ -311,7 +311,7 @@ class MLASm90Config:
     @property
     def flags_states(self) -> bool:
         """Whether it leaves FlaggedPartials."""
-        return not self.is_cascade
+        return not self.is_cascade and self.tile_q > 16
 
     @property
     def shared_bytes(self) -> int:
@@ -340,6 +340,16 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
     if rows <= 16 and num_tiles <= 9 * num_sms // 4:
         return None
     return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
+
+
+def mla_sm90_cluster(rows: int, num_tiles: int, num_sms: int) -> int:
+    """Choose how many CTAs a cluster has: two where requests have more rows than a query tile, to copy the same keys.
+
+    Parameters are those of `mla_sm90_config`. Where no CTA has more than one tile, they do not (`is_long` of
+    mla_sm90.cu), and clusters start later.
+    """
+    tile_q = MLA_SM90_CONFIGS[-1].tile_q
+    return 2 if rows > tile_q and num_tiles * -(-rows // tile_q) > num_sms else 1
 
 
 def mla_sm90_cascade_config(levels: Sequence[tuple[int, int]], num_sms: int) -> MLASm90Config | None:
@@ -515,7 +525,8 @@ MLA_DECODE = register_kernel(
             u32="heads_multiplier",
             i32_="heads_shift page_size",
             u32_="page_multiplier",
-            i32__="page_shift table_row_stride num_table_entries split_shift max_splits reads_early window_left",
+            i32__="page_shift num_pages table_row_stride num_table_entries split_shift max_splits reads_early "
+            "window_left",
             f32="sm_scale logits_soft_cap",
         ),
         instances=_mla_instances,

@@ -179,9 +179,12 @@ class MLAPlan(AttentionPlan):
             rows = num_qo_heads if size else -(-num_tokens // batch_size) * num_qo_heads
             arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
             config: kernels.MLAConfig | kernels.MLASm90Config | None = None
+            cluster = 1
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
+                num_sms = device_properties(self.device).num_sms
                 num_tiles = max_units(64, batch_size, True, 1, cache.page_size, pages)
-                config = kernels.mla_sm90_config(rows, num_tiles, device_properties(self.device).num_sms)
+                config = kernels.mla_sm90_config(rows, num_tiles, num_sms)
+                cluster = kernels.mla_sm90_cluster(rows, num_tiles, num_sms)
             if config is not None:
                 kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)
             else:
@@ -191,8 +194,7 @@ class MLAPlan(AttentionPlan):
             self.runs = Runs(
                 self.caller, kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
                 single=single, num_kv_heads=1, page_size=cache.page_size, pages=pages, fixed_split_size=size,
-                # Neighbours get what two query tiles need of the same keys.
-                cluster=2 if isinstance(config, kernels.MLASm90Config) and rows > config.tile_q else 1,
+                cluster=cluster,
             )  # fmt: skip
             self.runs.fix(*self._arguments(q, q_kpe, cache, out, lse, batch_size))
             self._map_keys(self.runs, config, cache)
@@ -206,7 +208,7 @@ class MLAPlan(AttentionPlan):
             *q_strides, *(q_strides if q_kpe is None else checks.element_strides(q_kpe)[:2]),
             *checks.element_strides(cache.ckv_pages)[:2], *checks.element_strides(cache.kpe_pages)[:2],
             *self._output_strides(out, lse), batch_size, *kernels.divisor(q.shape[1]),
-            *kernels.divisor(cache.page_size),
+            *kernels.divisor(cache.page_size), cache.num_pages,
         )  # fmt: skip
 
     def _map_keys(

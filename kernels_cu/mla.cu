@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                int batch_size,
                int num_qo_heads, u32 heads_multiplier, int heads_shift,  // Divisor
                int page_size, u32 page_multiplier, int page_shift,       // Divisor
+               int num_pages,                      // that the cache has
                int table_row_stride,
                int num_table_entries,              // of kv_indices, to prefetch
                int split_shift,                    // log2 of the tiles of a fixed split

@@ -22,15 +22,17 @@
 // not follow one that arrives for its warp (as one does at the other CTA's barriers).
 //
 // Whole tiles of pages of eight tokens and more are copied in boxes (tma.cuh). Where a request has more rows than a query
-// tile, CTAs come in clusters of two, a *pair*, with the same keys and a query tile each: each copies half of a tile to
-// both, or all that the SMs ask L2 for would take longer than the products. Other tiles are copied row by row.
+// tile, CTAs come in clusters of two, which in long runs are a *pair*, with the same keys and a query tile each: each copies
+// half of a tile to both, or all that the SMs ask L2 for would take longer than the products. Other tiles are copied row by
+// row.
 //
 // Shared memory, in blocks of 64 columns (wgmma.cuh), nine of which are a row:
 //   queries            64 rows, 72 KiB
 //   keys, values       2 tiles x 64 rows, 72 KiB each; where a segment ends, its results in the place of its last tile
 //   weights            8 KiB
 // A row of the query tile is (query token, query head): row = token * num_heads + head.
-// Partial states have flags (partials.cuh), but for cascades, whose merge takes single rows from all over.
+// Partial states of more than 16 rows have flags (partials.cuh), but for cascades, whose merge takes single rows from all
+// over.
 
 #include "cupyattn/barrier.cuh"
 #include "cupyattn/cascade.cuh"
@@ -51,7 +53,8 @@ namespace cupyattn {
 
 // A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. Copies,
 // because what a call gets by reference is in memory, and read there again after every asm statement.
-template <int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots, typename Results>
+template <bool kHasFlags, int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots,
+          typename Results>
 __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier,
                                          const Problem& problem_in_memory,
                                          const Partition& partition_in_memory, const Ctas& ctas_in_memory,
@@ -60,22 +63,29 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier
   const Ctas ctas = ctas_in_memory;
   const Slots partials = partials_in_memory;
   const Results output = output_in_memory;
-  if constexpr (Problem::kIsCascade) {
-    const Problem problem = problem_in_memory;
-    const Partition partition = partition_in_memory;
-    run_end.merge(ctas, barrier, [&](const auto& shares) {
+  run_end.merge(ctas, barrier, [&](const auto& shares) {
+    if constexpr (Problem::kIsCascade) {
+      const Problem problem = problem_in_memory;
+      const Partition partition = partition_in_memory;
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares, scratch);
-    });
-  } else {
-    run_end.merge(ctas, barrier, [&](const auto& shares) {
+    } else {
       merge_in_turn(shares, [&](const TileInfo& share) {
-        if (share.first_line >= share.end_line) return;
-        merge_flagged_lines<kThreads>(partials, share.group, share.first_line, share.end_line,
-                                      reinterpret_cast<unsigned char*>(scratch),
-                                      [&](int row, int dim) { return output.row_at(share, row, dim); });
+        if constexpr (!kHasFlags) {
+          if (share.end_line - share.first_line == 2 && share.group.num_partials > 64) {
+            // Each half of the threads takes a line of so many states, so that none waits for memory twice.
+            const auto team = half_of_threads<kThreads>();
+            TileInfo own = share;
+            own.first_line += team.half;
+            own.end_line = own.first_line + 1;
+            merge_share<8, false>(team, partials, output, own,
+                                  scratch + team.half * team.kWarps * kMergeScratch);
+            return;
+          }
+        }
+        merge_share<8, false>(all_threads<kThreads>(), partials, output, share, scratch);
       });
-    });
-  }
+    }
+  });
 }
 
 // What must be known of every tile, in one word; of some, more is in smem_tiles.
@@ -125,7 +135,7 @@ __global__ void __launch_bounds__(384, 1)
                     half_t* partial_out,                // [num_slots, kTileQ, 512], see Partials, FlaggedPartials
                     u64* partial_flags,                 // [num_slots, kTileQ, 16 or 8]
                     Departures<TileInfo>::Memory* departures,  // all zero between launches, as partial_flags
-                                                               // and, of cascades, partial_out
+                                                               // and, if states are Partials, partial_out
                     i64 q_ckv_stride_token, i64 q_ckv_stride_head,
                     i64 q_kpe_stride_token, i64 q_kpe_stride_head,
                     i64 ckv_stride_page, i64 ckv_stride_token,
@@ -135,8 +145,9 @@ __global__ void __launch_bounds__(384, 1)
                     int batch_size,
                     int num_qo_heads, u32 heads_multiplier, int heads_shift,  // Divisor
                     int page_size, u32 page_multiplier, int page_shift,       // Divisor
+                    int num_pages,                      // that the cache has
                     int table_row_stride,
-                    int num_table_entries,              // of kv_indices, to prefetch
+                    int num_table_entries,              // of kv_indices, to prefetch, and to be guessed from
                     int split_shift,                    // fixed splits are mla.cu's
                     int max_splits,
                     int reads_early,                    // what pdl=True allows, see launch.cuh
@@ -149,6 +160,7 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int kRows = 64;  // of a product
   constexpr int kTileKV = 64;
   constexpr int kStages = 2;
+  constexpr int kShortRun = 4;  // tiles
   constexpr int kThreads = 384;
   constexpr int kGroupThreads = 128;
   constexpr int kColumnThreads = 2 * kGroupThreads;
@@ -176,7 +188,7 @@ __global__ void __launch_bounds__(384, 1)
   };
   const auto problem = make_problem();
   // Functions: what has an address, for a call to read, is in memory everywhere.
-  constexpr bool kHasFlags = !kIsCascade;
+  constexpr bool kHasFlags = !kIsCascade && kTileQ > 16;
   const auto slots = [&]() {
     if constexpr (kHasFlags) {
       return FlaggedPartials<2 * kColumns, kTileQ>{partial_out, partial_flags};
@@ -218,6 +230,7 @@ __global__ void __launch_bounds__(384, 1)
 
   const int tid = threadIdx.x;
   const int warp = uniform(tid / 32);
+  const bool in_cluster = !kIsCascade && kTileQ == kRows && cluster_size() == 2;
 
   // As in decode.cu.
   problem.template prefetch<kThreads>(num_table_entries);
@@ -228,16 +241,18 @@ __global__ void __launch_bounds__(384, 1)
   if (tid == 0) {
     for (int i = 0; i < 2 * kStages; ++i) {
       mbarrier_init(full_at(0, i), kCopyThreads / 2 + 32);  // its copies, and who says what the tile is
+      mbarrier_init(empty_at(0, i), kGroupThreads + (in_cluster ? kGroupThreads / 32 : 0));
     }
     mbarrier_init(weights_at(0), kGroupThreads);
     mbarrier_init(weights_at(1), kGroupThreads);
     mbarrier_init(queries_full, kCopyThreads);
     mbarrier_init(queries_empty, kGroupThreads);
     mbarrier_init(columns_barrier.smem_barrier, kColumnThreads);
+    fence_mbarrier_init();
     if (key_maps.box_rows > 0) prefetch_map(key_maps.ckv), prefetch_map(key_maps.kpe);
   }
+  if (in_cluster) cluster_arrive_relaxed();  // this one's barriers are there
   if (tid < 2) smem_run_end.clear();
-  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   using Tiles = Cursor<kTileKV, kTileQ, false, !kIsCascade>;
   // The cursor of each warp that copies, at the first tile of the segment at hand: in shared memory, as these have
@@ -247,44 +262,102 @@ __global__ void __launch_bounds__(384, 1)
   __shared__ QueryPlace
       smem_queries[1 + kCopyWarps];  // of the first segment; of the one that each of them has begun
   __shared__ int smem_first_seen[kIsCascade ? kCopyWarps : 1];  // there, the first key in anybody's window
-  Partition partition;
-  Tiles run;
-  // With barriers, after which all that is said above is there.
-  const bool in_cluster = !kIsCascade && kTileQ == kRows && cluster_size() == 2;
-  const bool has_run = begin_run<kThreads>(problem, run, partition, in_cluster);
-  if (!has_run) {
-    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
-    return;
-  }
-  partition.number_ctas();
-  // In a short run, the accelerator's longer way to the first keys counts; and that to the other CTA.
-  const bool is_long = partition.quota > 4;
-  // The two CTAs of a cluster read the same keys, for two query tiles.
-  const bool in_pair = in_cluster && is_long && partition.num_parts % 2 == 0;
-  if (tid == 0) {
-    for (int i = 0; i < 2 * kStages; ++i) {
-      mbarrier_init(empty_at(0, i), kGroupThreads + (in_pair ? kGroupThreads / 32 : 0));
-    }
-    fence_mbarrier_init();
-  }
   const auto queries_of = [](const Tiles& load) {
     return QueryPlace{load.request.qo_begin, load.request.qo_len, load.q_tile};
   };
-  if (tid == 0) smem_partition = partition, smem_queries[0] = queries_of(run);
-  if (tid >= kColumnThreads && tid % 32 == 0) smem_loads[tid / 32 - kColumnThreads / 32] = run;
-  __syncthreads();
-  if (in_pair) cluster_arrive(), cluster_wait();  // the other's barriers are there
-
-  // A group is done with a half: also as its keys come from the other CTA.
-  const auto release = [&](int stage, int half) {
-    mbarrier_arrive(empty_at(stage, half));
-    if (in_pair) {
-      __syncwarp();
-      if (lane_id() == 0) mbarrier_arrive_at(empty_at(stage, half), cluster_rank() ^ 1);
-    }
-  };
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
+  // Of a warp that copies: 32 rows of a half of the columns. Each lane finds one, a tile before the copy.
+  const int copy_warp = warp - kColumnThreads / 32;
+  const int half = copy_warp / 2;
+  const int first_copied = copy_warp % 2 * 32;
+  int found_page = 0;
+  int found_token = 0;
+  const int* found_at = nullptr;  // of a guess
+  const auto find_entry = [&](const int* pages, int token) {
+    const int entry = page.divide(token);
+    found_token = page.modulo(token, entry);
+    return pages + entry;
+  };
+  const auto ckv_row = [&]() {
+    return reinterpret_cast<u64>(ckv_pages + half * kColumns +
+                                 ckv_strides.offset(found_page, found_token, 0));
+  };
+  const auto kpe_row = [&]() {
+    return reinterpret_cast<u64>(kpe_pages + kpe_strides.offset(found_page, found_token, 0));
+  };
+  const auto prefetch_row = [&]() {
+    const char* row = reinterpret_cast<const char*>(ckv_row());
+#pragma unroll 1
+    for (int i = 0; i < kColumns * 2; i += 128) prefetch_l2(row + i);
+    if (half == 0) prefetch_l2(reinterpret_cast<const char*>(kpe_row()));
+  };
+  Partition partition;
+  Tiles run;
+  bool is_long;
+  bool in_pair;
+  // What threads tell others of the run.
+  const auto set_up = [&]() {
+    partition.number_ctas();
+    // In a short run, the accelerator's longer way to the first keys counts; and that to the other CTA.
+    is_long = partition.quota > kShortRun;
+    // The two CTAs of a cluster read the same keys, for two query tiles.
+    in_pair = in_cluster && is_long && partition.num_parts % 2 == 0;
+    if (tid == 0) smem_partition = partition, smem_queries[0] = queries_of(run);
+    if (copy_warp >= 0 && tid % 32 == 0) smem_loads[copy_warp] = run;
+  };
+  // As in decode.cu. Two tiles of more query rows are 19 MB, which gains nothing.
+  const auto ask_for_keys = [&]() {
+    set_up();
+    if (copy_warp < 0) return;
+    const int num_tiles = kTileQ <= 16 && is_long ? 2 : 1;
+    int own_token = 0;
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const int token = run.token_begin() + tile * kTileKV + first_copied + lane_id();
+      if (token >= run.request.kv_len) break;
+      const int* entry = find_entry(run.pages, token);
+      if (static_cast<u64>(entry - kv_indices) >= num_table_entries) break;
+      found_page = load_from_l2(entry);
+      if (tile == 0) found_at = entry, own_token = found_token;
+      if (run.q_tile == 0 && static_cast<u32>(found_page) < num_pages &&
+          static_cast<u32>(found_token) < page_size) {
+        prefetch_row();
+      }
+    }
+    found_token = own_token;
+  };
+  const auto look_again = [&]() {
+    if (found_at != nullptr) found_page = load_from_l2(found_at);
+  };
+  // With barriers, after which all that is said above is there.
+  const Beginning beginning = guess_run<kThreads, true>(problem, reads_early, run, partition, ask_for_keys,
+                                                        look_again, in_cluster, blockIdx.x, gridDim.x);
+  if (beginning == kNoRun) {
+    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
+    return;
+  }
+  if (beginning != kGuessed) {
+    set_up();
+    __syncthreads();
+  }
+  const bool is_guessed = beginning == kGuessed && found_at != nullptr;  // look_again has begun to read
+  if (in_cluster) cluster_wait();                                        // the other's barriers are there
+
+  // A group is done with a half: a pair's also says so to the other CTA, from which keys come too.
+  const auto release = [&](int stage, int half) {
+    mbarrier_arrive(empty_at(stage, half));
+    if (in_cluster) {
+      __syncwarp();
+      if (lane_id() == 0) {
+        if (in_pair) {
+          mbarrier_arrive_at(empty_at(stage, half), cluster_rank() ^ 1);
+        } else {
+          mbarrier_arrive(empty_at(stage, half));
+        }
+      }
+    }
+  };
   // Queries, by `num_warps` warps from `first_warp` on. Beyond the last row are zeros, up to a multiple of 4 * num_warps.
   const auto copy_queries = [&](const QueryPlace& place, int first_warp, auto num_warps) {
     constexpr int kRowsEach = 4 * num_warps.value;  // that the warps copy at once, four each
@@ -315,7 +388,6 @@ __global__ void __launch_bounds__(384, 1)
   if (warp >= kColumnThreads / 32) {
     // --- Copies ---
     give_registers<kCopyRegisters>();
-    const int copy_warp = warp - kColumnThreads / 32;
     Tiles& smem_load = smem_loads[copy_warp];
     // The tile at hand. Of its segment, with it:
     int tiles_left;
@@ -329,33 +401,15 @@ __global__ void __launch_bounds__(384, 1)
       pages = load.pages;
     };
     enter(smem_load);
-    // A warp copies 32 rows of a half: each lane finds one, a tile before the copy.
-    const int half = copy_warp / 2;
-    const int warp_row = copy_warp % 2 * 32;
-    int found_page = 0;
-    int found_token = 0;
     const auto find_row = [&]() {  // starts the read of the page table
-      const int row = warp_row + lane_id();
+      const int row = first_copied + lane_id();
       if (row >= num_keys) return;
-      const int token = token_begin + row;
-      const int entry = page.divide(token);
-      found_page = static_cast<int>(load_early(pages + entry));
-      found_token = page.modulo(token, entry);
+      found_page = static_cast<int>(load_early(find_entry(pages, token_begin + row)));
     };
-    const auto ckv_row = [&]() {
-      return reinterpret_cast<u64>(ckv_pages + half * kColumns +
-                                   ckv_strides.offset(found_page, found_token, 0));
-    };
-    const auto kpe_row = [&]() {
-      return reinterpret_cast<u64>(kpe_pages + kpe_strides.offset(found_page, found_token, 0));
-    };
-    find_row();
-    if (warp_row + lane_id() < num_keys &&
-        (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
-      const char* row = reinterpret_cast<const char*>(ckv_row());
-#pragma unroll 1
-      for (int i = 0; i < kColumns * 2; i += 128) prefetch_l2(row + i);
-      if (half == 0) prefetch_l2(reinterpret_cast<const char*>(kpe_row()));
+    if (!is_guessed) {
+      find_row();
+      // The first keys are on their way into L2; before the window may be any pages.
+      if (first_copied + lane_id() < num_keys && (!kIsCascade || window_left < 0)) prefetch_row();
     }
     wait_for_predecessor();
 
@@ -396,8 +450,8 @@ __global__ void __launch_bounds__(384, 1)
       const int block_step = are_dealt ? 2 : 1;
       const bool copies_kpe = with_kpe && (!in_pair || rank == half) && (!are_dealt || copy_warp % 2 == 0);
       int box_page = uniform(found_page);
-      int box_token = uniform(found_token) - (are_dealt ? warp_row : 0);
-      u32 box_offset = (are_dealt ? 0 : warp_row) * kBlockRowBytes;
+      int box_token = uniform(found_token) - (are_dealt ? first_copied : 0);
+      u32 box_offset = (are_dealt ? 0 : first_copied) * kBlockRowBytes;
       mbarrier_wait(empty_at(stage, half), t / kStages & 1 ^ 1);
       if (in_boxes) {
         const bool is_first = lane_id() == 0;
@@ -437,10 +491,10 @@ __global__ void __launch_bounds__(384, 1)
         const auto is_read = [&](int row) { return row < num_keys && (!kIsCascade || row >= num_hidden); };
 #pragma unroll 2
         for (int i = lane / 8; i < 32; i += 4) {
-          const bool exists = is_read(warp_row + i);
+          const bool exists = is_read(first_copied + i);
           const u64 row_address = __shfl_sync(0xffffffffu, address, i);
           const T* source = exists ? reinterpret_cast<const T*>(row_address) + lane % 8 * 8 : ckv_pages;
-          u32 target = smem_half + block_offset(warp_row + i, lane % 8);
+          u32 target = smem_half + block_offset(first_copied + i, lane % 8);
           pin(target);  // ptxas (13.0) encodes a sum with a uniform register wrongly
 #pragma unroll
           for (int block = 0; block < kBlocks; ++block) {
@@ -452,10 +506,10 @@ __global__ void __launch_bounds__(384, 1)
           address = kpe_row();
 #pragma unroll 2
           for (int i = lane / 8; i < 32; i += 4) {
-            const bool exists = is_read(warp_row + i);
+            const bool exists = is_read(first_copied + i);
             const u64 row_address = __shfl_sync(0xffffffffu, address, i);
             const T* source = exists ? reinterpret_cast<const T*>(row_address) + lane % 8 * 8 : ckv_pages;
-            u32 target = smem_kpe + block_offset(warp_row + i, lane % 8);
+            u32 target = smem_kpe + block_offset(first_copied + i, lane % 8);
             pin(target);
             cp_async_16(target, source, exists, policy);
           }
@@ -547,6 +601,7 @@ __global__ void __launch_bounds__(384, 1)
       if (is_last) break;
       segment += ends_segment;
     }
+    if (is_long) launch_dependents();
     cp_async_commit();
     cp_async_wait<0>();  // nobody else's memory is written to
     return;
@@ -823,6 +878,8 @@ __global__ void __launch_bounds__(384, 1)
       const int tile_offset = kTileBytes + stage * kTileBytes + group * kBlocks * kBlockBytes;
       // --- The segment's state is the result or the run's partial state. ---
       columns_barrier.wait();  // all have told their sums, and are done with the values
+      // The other's barriers have been told for the last time. Later, this would wait for what is written now.
+      if (in_pair && note.ends_run()) cluster_arrive();
       const TileInfo& last = smem_tiles[(adds_own ? t : t - 1) % kNotes];
       const bool is_complete = last.group.num_partials == 1;
       const int lane = lane_id();  // anew, or what follows from it would be kept all the time
@@ -919,16 +976,16 @@ __global__ void __launch_bounds__(384, 1)
         }
         if constexpr (kHasFlags) {
           if (!is_complete) {
-            __syncwarp();
-            fence_acq_rel();  // flags after what they stand for
+            // A lane has a row, or some of its lines; flags come after what they stand for.
             constexpr int kHalfLines = Slots::kRowLines / 2;
-#pragma unroll 1
-            for (int i = lane; i < kWarpRows * kHalfLines; i += 32) {
-              const int row = first_row + i / kHalfLines;
-              const int line = group * kHalfLines + i % kHalfLines;
-              if (row < num_rows) {
-                store_relaxed(slots().flag_at(0, (last.state_row + row) * Slots::kRowLines + line),
-                              line_flag(stats_of(row).y, smem_scales[group][row]));
+            const u64 flag = line_flag(own_stats.y, smem_scales[group][own_row]);
+            const int first_line = (last.state_row + own_row) * Slots::kRowLines + group * kHalfLines;
+            __syncwarp();
+            fence_acq_rel();
+            if (own_row < num_rows) {
+#pragma unroll
+              for (int line = lane / kWarpRows; line < kHalfLines; line += 32 / kWarpRows) {
+                store_relaxed(slots().flag_at(0, first_line + line), flag);
               }
             }
           }
@@ -1002,25 +1059,25 @@ __global__ void __launch_bounds__(384, 1)
           }
         }
       }
+      if (note.ends_run()) break;
       fence_async_proxy();  // the next keys are not to be overtaken by what was written here
       if (in_pair) fence_cluster();
       release(stage, group);
       ++segment;
       t += adds_own ? 2 : 0;
       adds_last = adds_own;
-      if (note.ends_run()) break;
 #pragma unroll
       for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0.0f;
       state[0] = state[1] = SoftmaxState();
     }
   }
-  if (!reads_early) launch_dependents();
-  if (in_pair) cluster_arrive();
+  if (smem_partition.quota <= kShortRun) launch_dependents();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
-  merge_apart<kColumnThreads, kTileKV>(smem_run_end, columns_barrier, make_problem(), smem_partition, ctas(),
-                                       slots(), results(), reinterpret_cast<float*>(smem_q));
+  merge_apart<kHasFlags, kColumnThreads, kTileKV>(smem_run_end, columns_barrier, make_problem(),
+                                                  smem_partition, ctas(), slots(), results(),
+                                                  reinterpret_cast<float*>(smem_q));
   if (in_pair) cluster_wait();  // the other may still have told this one's barriers
 }
 

@@ -109,7 +109,15 @@ CASES = {
     "decode, many requests": lambda gpu: decode_case(gpu, list(range(1, 200))),
     "decode, more tokens": lambda gpu: decode_case(gpu, qo_lens=[2, 1, 3, 0]),
     "mla_decode": lambda gpu: mla_case(gpu, [3000, 1, 700], num_heads=16),
+    "mla_decode, long runs": lambda gpu: mla_case(gpu, [40_000, 0, 1000], num_heads=16),
+    "mla_decode, 32 rows of a window": lambda gpu: mla_case(
+        gpu, [3000, 0, 700], num_heads=20, window_left=500
+    ),
+    "mla_decode, 64 rows": lambda gpu: mla_case(gpu, [9000, 1, 0, 64], num_heads=64, dense=True),
     "mla_decode, pairs": lambda gpu: mla_case(gpu, [40_000, 1000], num_heads=128),
+    "mla_decode, 128 rows of short runs": lambda gpu: mla_case(gpu, [3000, 700], num_heads=128),
+    "mla_decode, many requests": lambda gpu: mla_case(gpu, list(range(1, 200)), num_heads=64),
+    "mla_decode, more tokens": lambda gpu: mla_case(gpu, [3000, 1, 700], num_heads=40, qo_lens=[2, 0, 3]),
     "cascade_decode": cascade_case,
     "cascade_decode, nodes in memory": lambda gpu: cascade_case(gpu, [5] * 1600, [([16] * 100, [64] * 100)]),
     "cascade_decode, MLA": lambda gpu: cascade_case(gpu, mla=True, num_heads=16),

@@ -189,10 +189,20 @@ def test_shapes_of_the_sm90_kernel():
     for rows in ROWS:
         config = kernels.mla_sm90_config(rows, 10**6, 132)
         assert config in kernels.MLA_SM90_CONFIGS
-        assert config.flags_states
+        assert config.flags_states == (config.tile_q > 16)
         assert config.shared_bytes + 4 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
         assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
+    # Clusters for more rows than a tile, where there are more tiles than CTAs.
+    assert [kernels.mla_sm90_cluster(rows, 10**6, 132) for rows in (1, 16, 64, 65, 128, 256)] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]
+    assert [kernels.mla_sm90_cluster(128, num_tiles, 132) for num_tiles in (65, 66, 67)] == [1, 1, 2]
 
 
 def test_shapes_for_cascades():

@@ -24,7 +24,7 @@ struct Team {
   int tid;  // in the team
   int half;
   // Halves have barriers of their own, as the other one may be at that of all threads already: those of warpgroups, which
-  // no kernel has that has halves.
+  // other kernels have, or where halves are warpgroups.
   int barrier;
 
   __device__ __forceinline__ void sync() const {

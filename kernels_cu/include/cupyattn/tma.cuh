@@ -76,7 +76,10 @@ __device__ __forceinline__ void mbarrier_arrive_at(u32 smem_barrier, u32 rank) {
 }
 // For what both CTAs of a cluster access.
 __device__ __forceinline__ void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
-// All threads of the cluster that have not exited.
+// All threads of the cluster that have not exited. `relaxed`: after fence_mbarrier_init, to tell of nothing else.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
 }
