@@ -199,14 +199,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   int found_page;
   int found_token;
   const int* found_at = nullptr;  // of a guess
-  const auto find_entry = [&]() {
-    const int token = load.token_begin() + tid % kTileKV;
+  const auto find_entry = [&](int token) {
     const int entry = page.divide(token);
     found_token = page.modulo(token, entry);
     return load.pages + entry;
   };
+  const auto first_token = [&]() { return load.token_begin() + tid % kTileKV; };
   const auto find_row = [&]() {  // starts the read of the page table
-    if (has_row()) found_page = static_cast<int>(load_early(find_entry()));
+    if (has_row()) found_page = static_cast<int>(load_early(find_entry(first_token())));
   };
   const auto found_row = [&]() {  // waits for it
     return pages_begin + strides.offset(found_page, found_token, first_head + load.kv_head);
@@ -215,24 +215,36 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 #pragma unroll
     for (int i = 0; i < kRowDims * 2; i += 128) prefetch_l2(reinterpret_cast<const char*>(row) + i);
   };
+  // Keys and values of the first tile, or of two where runs have more than four; but not what another query tile's CTA asks
+  // for. Where runs are of one tile, latencies and little else, no more than 5 MB: more would hold up the kernel before.
   const auto ask_for_keys = [&]() {
+    constexpr int kMostAtOnce = 160 * 128 / kRowDims;  // CTAs of such runs that ask for values, too
     if (!has_row()) return;
-    const int* entry = find_entry();
-    if (static_cast<u64>(entry - kv_indices) >= num_table_entries) return;
-    found_at = entry;
-    found_page = load_from_l2(entry);
-    if (static_cast<u32>(found_page) < num_pages && static_cast<u32>(found_token) < page_size &&
-        static_cast<u32>(load.kv_head) < num_kv_heads) {
-      prefetch_row(found_row());
+    const bool asks =
+        load.q_tile == 0 && (!finds_v || partition.quota > 1 || partition.part_units <= kMostAtOnce);
+    const int num_tiles = partition.quota > 4 ? 2 : 1;
+    int own_token = 0;
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const int token = first_token() + tile * kTileKV;
+      if (token >= load.request.kv_len) break;
+      const int* entry = find_entry(token);
+      if (static_cast<u64>(entry - kv_indices) >= num_table_entries) break;
+      found_page = load_from_l2(entry);
+      if (tile == 0) found_at = entry, own_token = found_token;
+      if (asks && static_cast<u32>(found_page) < num_pages && static_cast<u32>(found_token) < page_size &&
+          static_cast<u32>(load.kv_head) < num_kv_heads) {
+        prefetch_row(found_row());
+      }
     }
+    found_token = own_token;
   };
   const auto look_again = [&]() {
     if (found_at != nullptr) found_page = load_from_l2(found_at);
   };
-  constexpr bool kGuesses = kLaunchesEarly && kTileQ != 32;  // 32 rows have no registers for it
   const Beginning beginning =
-      guess_run<kThreads, kGuesses>(problem, reads_early, load, partition, ask_for_keys, look_again,
-                                    false, blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
+      guess_run<kThreads, kLaunchesEarly>(problem, reads_early, load, partition, ask_for_keys, look_again,
+                                          false, blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
@@ -371,8 +383,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       prefetch_row(row);  // before the window may be any pages
   }
   wait_for_predecessor();
-  // Not earlier: the next kernel may rely on all before us having finished once we have.
-  if (reads_early) launch_dependents();
+  // Not earlier: the next kernel may rely on all before us having finished once we have. In long runs not before the last
+  // copy, as the next kernel asks L2 for its first keys, too. In short ones at once, or, where no SM has room for one of
+  // its CTAs beside ours, when the last keys are there.
+  constexpr bool kSharesSMs = kCtasPerSM > 1;
+  const bool is_short = partition.quota < kStages;
+  if (reads_early || (is_short && kSharesSMs)) launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas << parts_log2)};
   if (tid == 0) ctas.start();
   clear();
@@ -418,6 +434,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         tile.enter_part(first_head, 2 * part * partition.num_ctas, kTileQ);
       }
       if (!goes_on_first) go_on();
+      if (load.done() && !is_short) launch_dependents();
       begins_segment = ends_segment;
       if (ends_segment && ++q_buffer == kStages) q_buffer = 0;
       if (++load_stage == kStages) load_stage = 0;
@@ -439,6 +456,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       for (int step = 0; step < kDimSteps; ++step) load_q(q_frag[step], tile.q_buffer, step);
     }
 
+    if (ends_run && is_short && !kSharesSMs) launch_dependents();
     if (ends_run && tid == 0) smem_run_end.ask(ctas);
 
     // Called after S, as registers are scarce.
@@ -803,7 +821,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   }
 
   float* smem_scratch = reinterpret_cast<float*>(smem_kv);
-  if (!reads_early) launch_dependents();
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * partials.kRowLines, partition);
     smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {

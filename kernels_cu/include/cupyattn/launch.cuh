@@ -3,11 +3,13 @@
 //
 // All kernels are launched so, and wait before they write memory or rely on it: what comes before is worth 0.3 to 0.7 us. They
 // may ask L2 for what they will read, which is where it is written, too. As that may change while they run, it is not read
-// by .nc loads, nor what the compiler might read so (tables are not __restrict__). decode also guesses from what lengths and
-// tables say before it waits, and reads them again when it has (guess_run of schedule.cuh). Where the caller has promised
-// that the kernel before does not write them (`pdl=True`), all of decode's kernels read them once, early (`reads_early`).
+// by .nc loads, nor what the compiler might read so (tables are not __restrict__). decode guesses, as
+// MLA does on Hopper, from what lengths and tables say before it waits, and reads them again when it has (guess_run of
+// schedule.cuh). Where the caller has promised that the kernel before does not write them (`pdl=True`), all of decode's
+// kernels read them once, early (`reads_early`).
 //
-// A kernel lets the next one start only when it has waited itself: whoever has waited for it has waited for all before.
+// A kernel lets the next one start only when it has waited itself: whoever has waited for it has waited for all before. How
+// much later, is a matter of speed: the next one's first keys are then asked for, beside what this one is still asking for.
 #pragma once
 
 namespace cupyattn {
