@@ -345,8 +345,8 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
 def mla_sm90_cluster(rows: int, num_tiles: int, num_sms: int) -> int:
     """Choose how many CTAs a cluster has: two where requests have more rows than a query tile, to copy the same keys.
 
-    Parameters are those of `mla_sm90_config`. Where no CTA has more than one tile, they do not (`is_long` of
-    mla_sm90.cu), and clusters start later.
+    Parameters are those of `mla_sm90_config`. They do so in runs of more than four tiles (`is_long` of mla_sm90.cu), and
+    clusters start later; so there are none where no CTA has more than one tile. Between the two they gain nothing.
     """
     tile_q = MLA_SM90_CONFIGS[-1].tile_q
     return 2 if rows > tile_q and num_tiles * -(-rows // tile_q) > num_sms else 1

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                int page_size, u32 page_multiplier, int page_shift,       // Divisor
                int num_pages,                      // that the cache has
                int table_row_stride,
-               int num_table_entries,              // of kv_indices, to prefetch
+               int num_table_entries,              // of kv_indices, to prefetch, and to be guessed from
                int split_shift,                    // log2 of the tiles of a fixed split
                int max_splits,                     // that the workspace has slots for
                int reads_early,                    // what pdl=True allows, see launch.cuh
@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   constexpr int kTileQ = kWarpRows * kWarpsQ;
   constexpr int kKeySteps = kTileKV / 16;
   constexpr int kDimSplits = kWarpsD / kKeySteps;
-  constexpr int kColumns = kCkvDim / kWarpsD;  // of the result, a warp's
-  constexpr int kLongRun = 64;                 // tiles
+  constexpr int kColumns = kCkvDim / kWarpsD;            // of the result, a warp's
+  constexpr int kLongRun = 64;                           // tiles
+  constexpr int kStatesInFlight = kFixedSplits ? 4 : 8;  // of a merge, as there are registers
   static_assert(kKeySteps * kDimSplits == kWarpsD && 4 % kDimSplits == 0, "S is cut into equal parts");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one ckv or one kpe row");
   static_assert(kThreads % (kCkvDim / 8) == 0 && kStages >= 2);
@@ -105,12 +106,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(128) unsigned char smem[];
-  const auto problem =
-      problem_of(departures, smem, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
-                 kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
+  const auto problem = problem_of(
+      departures, smem, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride}, num_table_entries,
+      qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
-  const Partials<kCkvDim, kTileQ> partials{partial_out, partial_flags};
+  const Partials<kCkvDim, kTileQ, true> partials{partial_out, partial_flags};
   const Output<T, kTileQ> output{
       out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, heads};
   // A capped logit is cap * tanh(s * sm_scale / cap); both kinds are scaled to base 2.
@@ -120,19 +121,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
   constexpr int kQueryBytes = kTileQ * Layout::kRowBytes;
   constexpr int kLogitsRow = kTileKV + 8;  // floats: 8 more spread a warp's pairs over all banks
-  constexpr int kScratchRow = kCkvDim + 8;
-  constexpr int kPassRows =
-      16 * kScratchRow * 4 <= kTileBytes ? 16 : 8;  // results that a tile's place has room for
-  static_assert(kPassRows * kScratchRow * 4 <= kTileBytes);
-  unsigned char* smem_kv = smem;                           // [kStages] tiles
+  unsigned char* smem_kv = smem;           // [kStages] tiles
   unsigned char* smem_q = smem_kv + kStages * kTileBytes;  // [kQueryBuffers] tiles, one a segment
   float* smem_logits =
       reinterpret_cast<float*>(smem_q + kQueryBuffers * kQueryBytes);  // [kDimSplits][kTileQ][kLogitsRow]
   const T** smem_rows =
       reinterpret_cast<const T**>(smem_logits + kDimSplits * kTileQ * kLogitsRow);  // [2][ckv, kpe][kTileKV]
   __shared__ TileInfo smem_tiles[kStages];
-  __shared__ bool smem_exists[kStages];   // or nothing was copied in that round
-  __shared__ float2 smem_states[kTileQ];  // of a segment that ends: 1 / sum and lse of each row
+  __shared__ bool smem_exists[kStages];  // or nothing was copied in that round
   __shared__ RunEnd smem_run_end;
   __shared__ Positions<kTileQ, kIsCascade ? kQueryBuffers : 0>
       smem_positions;  // by the rows of a segment's queries
@@ -148,38 +144,51 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const int quad_col = lane % 4 * 2;         // 2t of mma.cuh
 
   // As in decode.cu.
-  problem.template prefetch<kThreads>(num_table_entries);
+  problem.template prefetch<kThreads>();
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
   touch(lse_stride_head);
   touch(logits_soft_cap);
-  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs up to kStages - 1 tiles ahead of the tile in use
   Partition partition;
-  if (!begin_run<kThreads>(problem, load, partition)) {
-    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
-    return;
-  }
 
   // --- Producer: a row's address is found one tile before its copy starts. ---
   const auto keys_left = [&]() { return load.done() ? 0 : load.request.kv_len - load.token_begin(); };
   // Threads 0 .. kTileKV - 1 find rows of ckv, the next kTileKV those of kpe.
   const bool finds_kpe = tid / kTileKV == 1;
   const auto has_row = [&]() { return tid < 2 * kTileKV && tid % kTileKV < keys_left(); };
-  int found_page;
-  int found_token;
+  FoundRow found{};
   const auto find_row = [&]() {  // starts the read of the page table
     if (!has_row()) return;
-    const int token = load.token_begin() + tid % kTileKV;
-    const int entry = page.divide(token);
-    found_page = static_cast<int>(load_early(load.pages + entry));
-    found_token = page.modulo(token, entry);
+    found.page =
+        static_cast<int>(load_early(found.find(page, load.pages, load.token_begin() + tid % kTileKV)));
   };
   const auto found_row = [&]() {  // waits for it
-    return finds_kpe ? kpe_pages + kpe_strides.offset(found_page, found_token, 0)
-                     : ckv_pages + ckv_strides.offset(found_page, found_token, 0);
+    return finds_kpe ? kpe_pages + kpe_strides.offset(found.page, found.token, 0)
+                     : ckv_pages + ckv_strides.offset(found.page, found.token, 0);
   };
+  const auto prefetch_row = [&](const T* row) {
+#pragma unroll
+    for (int i = 0; i < kCkvDim * 2; i += 128) {
+      if (i == 0 || !finds_kpe) prefetch_l2(reinterpret_cast<const char*>(row) + i);
+    }
+  };
+  const auto ask_for_keys = [&]() {
+    if (!has_row()) return;
+    found.guess(problem, load, page, num_pages, tid % kTileKV, 1, [&]() {
+      if (load.q_tile == 0) prefetch_row(found_row());
+    });
+  };
+  const auto look_again = [&]() { found.look_again(); };
+  constexpr bool kGuesses = kLaunchesEarly && !kIsCascade;  // as mla_sm90.cu
+  const Beginning beginning = guess_run<kThreads, kGuesses>(
+      problem, reads_early, load, partition, ask_for_keys, look_again, false, blockIdx.x, gridDim.x);
+  if (beginning == kNoRun) {
+    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
+    return;
+  }
+
   int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
   const auto copy_tile = [&](int stage, int slot) {
     const u64 policy = kIsCascade && load.request.qo_len * num_qo_heads > kTileQ ? evict_normal_policy()
@@ -235,17 +244,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   };
 
   if (tid < 2) smem_run_end.clear();
-  find_row();
+  const bool is_found = found.entry != nullptr && (beginning == kGuessed || reads_early);  // or by look_again
+  if (!is_found) find_row();
   partition.number_ctas();
-  if (has_row() && (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
-    const char* row = reinterpret_cast<const char*>(found_row());
-#pragma unroll
-    for (int i = 0; i < kCkvDim * 2; i += 128) {
-      if (i == 0 || !finds_kpe) prefetch_l2(row + i);
-    }
-  }
+  // The first keys are on their way into L2; before the window may be any pages.
+  if (!is_found && has_row() && (!kIsCascade || window_left < 0)) prefetch_row(found_row());
   wait_for_predecessor();
-  // Not earlier: the next kernel may rely on all before us having finished once we have.
+  // As in decode.cu.
   if (reads_early) launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
   if (tid == 0) ctas.start();
@@ -440,6 +445,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     --segments_ahead;
     const int num_rows = tile.num_rows<kTileQ>(heads);
     const bool is_complete = tile.group.num_partials == 1;
+    constexpr int kLines = kColumns / partials.kLineDims;  // of a warp's rows
+    const int first_line = warp_d * kLines;
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
@@ -447,63 +454,39 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
         SoftmaxState& own = state[block][half];
         own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
         own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
-        if (warp_d == 0 && quad_col == 0) {
-          smem_states[warp_q * kWarpRows + block * 16 + half * 8 + quad_row] =
-              make_float2(own.inverse_sum(), own.lse_log2());
-        }
-      }
-    // Through shared memory, in the place of the segment's last tile, so that a loop can write whole rows.
-    float* smem_scratch = reinterpret_cast<float*>(smem_kv + stage * kTileBytes);
+        const int row = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
+        float x[kLines][8];
 #pragma unroll
-    for (int pass = 0; pass < kTileQ / kPassRows; ++pass) {
-      const int pass_row = pass * kPassRows;
-      __syncthreads();  // all warps are done with the tile, or with the pass before
-      if (warp_q == pass_row / kWarpRows) {
+        for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-        for (int in_pass = 0; in_pass < kPassRows; in_pass += 8)
+          for (int i = 0; i < 2; ++i) x[n / 4][n % 4 * 2 + i] = acc[block][n][half * 2 + i];
+        if (!is_complete) {
+          partials.write_lines(tile.state_row + row, first_line, lane % 4, x, own.inverse_sum(),
+                               own.lse_log2(), row < num_rows);
+        } else if (row < num_rows) {
+          const float inverse = own.inverse_sum();
 #pragma unroll
-          for (int n = 0; n < kColumns / 8; ++n) {
-            const int row = pass_row % kWarpRows + in_pass;
-            const float (&c)[4] = acc[row / 16][n];
-            float* target =
-                smem_scratch + (in_pass + quad_row) * kScratchRow + warp_d * kColumns + n * 8 + quad_col;
-            *reinterpret_cast<float2*>(target) =
-                row % 16 == 0 ? make_float2(c[0], c[1]) : make_float2(c[2], c[3]);
+          for (int line = 0; line < kLines; ++line) {
+            const int dim = partials.first_dim((first_line + line) * 4 + lane % 4);
+            const auto target = [&]() {
+              if constexpr (kIsCascade) return result_row(problem, output, tile, row, dim);
+              return output.row_at(tile, row, dim);
+            }();
+#pragma unroll
+            for (float& value : x[line]) value *= inverse;
+            partials.write_result(target, dim, x[line]);
+            target.write_lse(own.lse_log2());
           }
-      }
-      __syncthreads();
-      constexpr int kVecs = partials.kRowVecs;
-      static_assert(kVecs % 32 == 0, "a warp is in one row");
-#pragma unroll 1
-      for (int i = tid; i < min(num_rows - pass_row, kPassRows) * kVecs; i += kThreads) {
-        const int row = pass_row + i / kVecs;
-        const int dim = partials.first_dim(i % kVecs);
-        const float2 inverse_and_lse = smem_states[row];
-        const float* source = smem_scratch + i / kVecs * kScratchRow + dim;
-        const float4 first = *reinterpret_cast<const float4*>(source);
-        const float4 second = *reinterpret_cast<const float4*>(source + partials.kSpan);
-        if (is_complete) {
-          const auto target = [&]() {
-            if constexpr (kIsCascade) return result_row(problem, output, tile, row, dim);
-            return output.row_at(tile, row, dim);
-          }();
-          target.write(0, first * inverse_and_lse.x);
-          target.write(partials.kSpan, second * inverse_and_lse.x);
-          target.write_lse(inverse_and_lse.y);
-        } else {
-          partials.write(tile.state_row + row, i % kVecs, first, second, inverse_and_lse.x, inverse_and_lse.y,
-                         true);
         }
       }
-    }
     if (!kIsCascade && !is_complete && tid < 4) smem_run_end.add_together(tile);
     // Page ids that L1 keeps take room from copies under way, see decode.cu.
     if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the logits have been read
-      merge_share<kFixedSplits ? 4 : 8, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
-                                                      smem_logits);
+      merge_share<kStatesInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
+                                                 tile.first_line, tile.end_line, smem_logits);
     }
     if (ends_run) break;
     clear();
@@ -516,11 +499,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                                     reinterpret_cast<float*>(smem));
     });
   } else {
+    constexpr Halves kHalves = kFixedSplits ? Halves::kNone : Halves::kOfLines;
     smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
-      merge_in_turn(shares, [&](const TileInfo& share) {
-        merge_share<kFixedSplits ? 4 : 8, kFixedSplits>(all_threads<kThreads>(), partials, output, share,
-                                                        smem_logits);
-      });
+      merge_shares<kStatesInFlight, kThreads, kFixedSplits, kHalves>(partials, output, shares, smem_logits);
     });
   }
 }
