@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const auto has_row = [&]() {
     return (kThreads == 2 * kTileKV || tid < 2 * kTileKV) && tid % kTileKV < keys_left();
   };
-  FoundRow found{};
+  FoundRow found;
   const auto find_row = [&]() {  // starts the read of the page table
     if (!has_row()) return;
     found.page =

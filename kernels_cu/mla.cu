@@ -7,9 +7,8 @@
 // through a ring of kStages tiles of kTileKV rows of 576. kWarpsQ x kWarpsD warps work on a tile of query rows:
 // warp (wq, wd) has 16 * kRowBlocks rows.
 //   S = Q K^T    a warp takes 16 keys and one of kDimSplits shares of the 576 dimensions; the sums meet in shared memory
+//   P            a thread takes two keys of a row, or of several rows, with their maxima and sums
 //   O += P V     a warp takes all keys and 512 / kWarpsD columns of the result, which stay in registers
-// Between the two every warp computes the weights of its rows for itself: exponentials are cheaper than another
-// barrier, and each warp has the rows' maxima and sums.
 // What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
 // A row of the tile is (query token, query head): row = token * num_heads + head.
 
@@ -95,6 +94,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   constexpr int kColumns = kCkvDim / kWarpsD;            // of the result, a warp's
   constexpr int kLongRun = 64;                           // tiles
   constexpr int kStatesInFlight = kFixedSplits ? 4 : 8;  // of a merge, as there are registers
+  constexpr int kPairs = kTileKV / 2;                    // threads of a row, for its weights
+  constexpr int kRowsEach = kTileQ * kPairs / kThreads;
+  static_assert(kRowsEach * kThreads == kTileQ * kPairs && kPairs <= 32, "threads have as many rows");
   static_assert(kKeySteps * kDimSplits == kWarpsD && 4 % kDimSplits == 0, "S is cut into equal parts");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one ckv or one kpe row");
   static_assert(kThreads % (kCkvDim / 8) == 0 && kStages >= 2);
@@ -128,7 +130,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const T** smem_rows =
       reinterpret_cast<const T**>(smem_logits + kDimSplits * kTileQ * kLogitsRow);  // [2][ckv, kpe][kTileKV]
   __shared__ TileInfo smem_tiles[kStages];
-  __shared__ bool smem_exists[kStages];  // or nothing was copied in that round
+  __shared__ bool smem_exists[kStages];   // or nothing was copied in that round
+  __shared__ float smem_factors[kTileQ];  // of a tile: for what was accumulated before
+  __shared__ float2 smem_states[kTileQ];  // of a segment that ends: 1 / sum and lse of each row
   __shared__ RunEnd smem_run_end;
   __shared__ Positions<kTileQ, kIsCascade ? kQueryBuffers : 0>
       smem_positions;  // by the rows of a segment's queries
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   // Threads 0 .. kTileKV - 1 find rows of ckv, the next kTileKV those of kpe.
   const bool finds_kpe = tid / kTileKV == 1;
   const auto has_row = [&]() { return tid < 2 * kTileKV && tid % kTileKV < keys_left(); };
-  FoundRow found{};
+  FoundRow found;
   const auto find_row = [&]() {  // starts the read of the page table
     if (!has_row()) return;
     found.page =
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
 
   // --- Consumer ---
   float acc[kRowBlocks][kColumns / 8][4];
-  SoftmaxState state[kRowBlocks][2];  // rows quad_row and quad_row + 8; `sum` over this lane's keys only
+  SoftmaxState state[kRowsEach];  // `sum` over this thread's keys only
   // Where this lane's ldmatrix rows begin, from the beginning of a tile on. A share of S is 4 / kDimSplits of the four
   // 16-dimension steps of each 128 bytes.
   const u32 split_bits = dim_split * (128 / kDimSplits);
@@ -234,13 +238,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   // Called where a segment has ended, so that nothing of it is live during a merge.
   const auto clear = [&]() {
 #pragma unroll
-    for (int block = 0; block < kRowBlocks; ++block) {
-      state[block][0] = state[block][1] = SoftmaxState();
+    for (int j = 0; j < kRowsEach; ++j) state[j] = SoftmaxState();
+#pragma unroll
+    for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[block][n][i] = 0.0f;
-    }
   };
 
   if (tid < 2) smem_run_end.clear();
@@ -259,12 +263,17 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   int q_buffer = 0;
   int segments_ahead = 0;  // whose queries are in a buffer
   // A round fills one stage and uses another, which was filled kStages - 1 rounds before; either may be empty: the
-  // first tile of a segment waits for a query buffer.
+  // first tile of a segment waits for a query buffer. A run of one tile has one round before it.
+  const bool is_one_tile = !kFixedSplits && partition.quota == 1;
 #pragma unroll 1
-  for (int round = 1 - kStages, load_stage = 0, use_stage = 0, slot = 0, tiles_ahead = 0;
+  for (int round = is_one_tile ? -1 : 1 - kStages, load_stage = 0, use_stage = 0, slot = 0, tiles_ahead = 0;
        tiles_ahead > 0 || !load.done(); ++round, slot ^= 1) {
     if (has_row()) smem_rows[slot * 2 * kTileKV + tid] = found_row();
-    cp_async_wait<kStages - 2>();
+    if (is_one_tile) {
+      cp_async_wait<0>();
+    } else {
+      cp_async_wait<kStages - 2>();
+    }
     __syncthreads();  // the tile has landed; the stage read last is free; the rows in `slot` are there
 
     const bool loads = !load.done() && !(begins_segment && segments_ahead == kQueryBuffers);
@@ -334,8 +343,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     }
     __syncthreads();
 
-    // All keys of the warp's rows, as the A operand of the next product has them: pair i of step k is keys
-    // 16 * k + 8 * (i / 2) + quad_col of row 8 * (i % 2) + quad_row. To base-2 logits.
+    // Weights, by threads with two keys of a row each, in the place of the first share of their logits.
     const int total_rows = tile.qo_len * num_qo_heads;
     const int first_row = tile.q_tile * kTileQ;
     const auto last_key_of = [&](int row) { return tile.kv_len - tile.qo_len + heads.divide(row); };
@@ -347,74 +355,78 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                  (window_left < 0 ||
                   tile.token_begin >= last_key_of(min(first_row + kTileQ, total_rows) - 1) - window_left);
     }
+#pragma unroll
+    for (int j = 0; j < kRowsEach; ++j) {
+      const int row = tid / kPairs + j * (kThreads / kPairs);
+      const int pair = tid % kPairs;
+      float* source = smem_logits + row * kLogitsRow + pair * 2;
+      float2 x = *reinterpret_cast<const float2*>(source);
+#pragma unroll
+      for (int split = 1; split < kDimSplits; ++split) {
+        const float2 more = *reinterpret_cast<const float2*>(source + split * kTileQ * kLogitsRow);
+        x.x += more.x, x.y += more.y;
+      }
+      x.x *= logit_scale, x.y *= logit_scale;  // to base 2
+      if (logits_soft_cap > 0.0f) {
+        x.x = soft_cap_log2 * tanh_accurate(x.x);
+        x.y = soft_cap_log2 * tanh_accurate(x.y);
+      }
+      if (!all_seen) {
+        int last;  // that the row sees, or where it stands
+        if constexpr (kIsCascade) {
+          last = smem_positions.at(problem, tile.q_buffer, row, tile.kv_len);
+        } else {
+          last = last_key_of(min(first_row + row, total_rows - 1));
+        }
+        const auto is_hidden = [&](int token) {
+          if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
+          return token > last || (window_left >= 0 && token < last - window_left);
+        };
+        const int token = tile.token_begin + pair * 2;
+        if (is_hidden(token)) x.x = neg_infinity();
+        if (is_hidden(token + 1)) x.y = neg_infinity();
+      }
+      // Online softmax.
+      float logit_max = fmaxf(x.x, x.y);
+#pragma unroll
+      for (int delta = 1; delta < kPairs; delta *= 2) {
+        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, delta));
+      }
+      SoftmaxState& own = state[j];
+      const float factor = own.raise(logit_max);
+      x.x = own.weight(x.x), x.y = own.weight(x.y);
+      own.sum += x.x + x.y;
+      *reinterpret_cast<u32*>(source) = pack2<T>(x.x, x.y);
+      if (pair == 0) smem_factors[row] = factor;
+      if (tile.ends_segment) {
+#pragma unroll
+        for (int delta = 1; delta < kPairs; delta *= 2) {
+          own.sum += __shfl_xor_sync(0xffffffffu, own.sum, delta);
+        }
+        if (pair == 0) smem_states[row] = make_float2(own.inverse_sum(), own.lse_log2());
+      }
+    }
+    __syncthreads();
+
+    // As the A operand of the next product has them: pair i of step k is keys 16 * k + 8 * (i / 2) + quad_col of row
+    // 8 * (i % 2) + quad_row.
     u32 p_frag[kRowBlocks][kKeySteps][4];
     float factor[kRowBlocks][2];
     bool rescales = false;
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block) {
-      float2 p[kKeySteps][4];
+      const int row = warp_q * kWarpRows + block * 16 + quad_row;
 #pragma unroll
       for (int k = 0; k < kKeySteps; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* source = smem_logits +
-                                (warp_q * kWarpRows + block * 16 + i % 2 * 8 + quad_row) * kLogitsRow +
-                                k * 16 + i / 2 * 8 + quad_col;
-          float2 sum = *reinterpret_cast<const float2*>(source);
-#pragma unroll
-          for (int split = 1; split < kDimSplits; ++split) {
-            const float2 x = *reinterpret_cast<const float2*>(source + split * kTileQ * kLogitsRow);
-            sum.x += x.x, sum.y += x.y;
-          }
-          p[k][i] = make_float2(sum.x * logit_scale, sum.y * logit_scale);
-          if (logits_soft_cap > 0.0f) {
-            p[k][i].x = soft_cap_log2 * tanh_accurate(p[k][i].x);
-            p[k][i].y = soft_cap_log2 * tanh_accurate(p[k][i].y);
-          }
+          p_frag[block][k][i] = *reinterpret_cast<const u32*>(smem_logits + (row + i % 2 * 8) * kLogitsRow +
+                                                              k * 16 + i / 2 * 8 + quad_col);
         }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!all_seen) {
-          const int row_in_tile = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
-          int last;  // or where the row stands
-          if constexpr (kIsCascade) {
-            last = smem_positions.at(problem, tile.q_buffer, row_in_tile, tile.kv_len);
-          } else {
-            last = last_key_of(min(first_row + row_in_tile, total_rows - 1));
-          }
-          const auto is_hidden = [&](int token) {
-            if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
-            return token > last || (window_left >= 0 && token < last - window_left);
-          };
-#pragma unroll
-          for (int k = 0; k < kKeySteps; ++k)
-#pragma unroll
-            for (int i = half; i < 4; i += 2) {
-              const int token = tile.token_begin + k * 16 + i / 2 * 8 + quad_col;
-              if (is_hidden(token)) p[k][i].x = neg_infinity();
-              if (is_hidden(token + 1)) p[k][i].y = neg_infinity();
-            }
-        }
-        // Online softmax. The four lanes of a quad have a row.
-        float logit_max = neg_infinity();
-#pragma unroll
-        for (int k = 0; k < kKeySteps; ++k)
-#pragma unroll
-          for (int i = half; i < 4; i += 2) logit_max = fmaxf(logit_max, fmaxf(p[k][i].x, p[k][i].y));
-        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 1));
-        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 2));
-        SoftmaxState& own = state[block][half];
-        factor[block][half] = own.raise(logit_max);
+        factor[block][half] = smem_factors[row + half * 8];
         rescales |= factor[block][half] != 1.0f;
-#pragma unroll
-        for (int k = 0; k < kKeySteps; ++k)
-#pragma unroll
-          for (int i = half; i < 4; i += 2) {
-            const float x = own.weight(p[k][i].x);
-            const float y = own.weight(p[k][i].y);
-            own.sum += x + y;
-            p_frag[block][k][i] = pack2<T>(x, y);
-          }
       }
     }
     if (__any_sync(0xffffffffu, rescales)) {  // rare after a segment's first tiles
@@ -451,20 +463,18 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        SoftmaxState& own = state[block][half];
-        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
-        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
         const int row = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
+        const float inverse = smem_states[row].x;
+        const float lse_log2 = smem_states[row].y;
         float x[kLines][8];
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) x[n / 4][n % 4 * 2 + i] = acc[block][n][half * 2 + i];
         if (!is_complete) {
-          partials.write_lines(tile.state_row + row, first_line, lane % 4, x, own.inverse_sum(),
-                               own.lse_log2(), row < num_rows);
+          partials.write_lines(tile.state_row + row, first_line, lane % 4, x, inverse, lse_log2,
+                               row < num_rows);
         } else if (row < num_rows) {
-          const float inverse = own.inverse_sum();
 #pragma unroll
           for (int line = 0; line < kLines; ++line) {
             const int dim = partials.first_dim((first_line + line) * 4 + lane % 4);
@@ -475,7 +485,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
 #pragma unroll
             for (float& value : x[line]) value *= inverse;
             partials.write_result(target, dim, x[line]);
-            target.write_lse(own.lse_log2());
+            target.write_lse(lse_log2);
           }
         }
       }

@@ -418,7 +418,8 @@ __global__ void __launch_bounds__(384, 1)
       int box_page = uniform(found.page);
       int box_token = uniform(found.token) - (are_dealt ? first_copied : 0);
       u32 box_offset = (are_dealt ? 0 : first_copied) * kBlockRowBytes;
-      // Few rows have no more to wait for than the first tile, which CTAs that start late would get behind all others' second.
+      // The second tile only when the first is there, which CTAs that start late would get behind all others' second. With
+      // more rows it gains nothing.
       if (!kIsCascade && kTileQ <= 16 && t == 1) mbarrier_wait(full_at(0, half), 0);
       mbarrier_wait(empty_at(stage, half), t / kStages & 1 ^ 1);
       if (in_boxes) {

@@ -182,6 +182,13 @@ def test_shapes_of_the_sm90_kernel():
     assert kernels.mla_sm90_config(17, 86, 132).tile_q == 32
     assert kernels.mla_sm90_config(16, 9 * 33, 132) is None
     assert kernels.mla_sm90_config(16, 9 * 33 + 1, 132).tile_q == 16
+    # Short requests of more rows, too, if all tiles of 32 of them are worked on at once.
+    assert kernels.mla_sm90_config(64, 16, 132, 1) is None
+    assert kernels.mla_sm90_config(64, 17, 132, 1).tile_q == 64
+    assert kernels.mla_sm90_config(64, 66, 132, 16) is None
+    assert kernels.mla_sm90_config(64, 67, 132, 16).tile_q == 64
+    assert kernels.mla_sm90_config(32, 67, 132, 16) is None
+    assert kernels.mla_sm90_config(65, 16, 132, 1).tile_q == 64
     assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 64, 65, 256)] == [
         16, 16, 32, 32, 64, 64, 64, 64,
     ]  # fmt: skip
@@ -234,8 +241,7 @@ def test_every_choice_of_a_cascade_is_compiled_ahead(arch):
 def test_every_choice_of_mla_decode_is_compiled_ahead(arch):
     instances = set(kernels.MLA_DECODE.instances_for(arch))
     for dtype, rows in itertools.product(kernels.DECODE_DTYPES, ROWS):
-        plain = kernels.mla_config(arch, min(rows, 16) if arch == "sm_90a" else rows)
-        assert kernels.mla_template(dtype, plain) in instances
+        assert kernels.mla_template(dtype, kernels.mla_config(arch, rows)) in instances
         assert kernels.mla_template(dtype, kernels.mla_config(arch, rows, True), True) in instances
 
 

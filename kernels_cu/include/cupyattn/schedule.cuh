@@ -43,7 +43,7 @@
 
 namespace cupyattn {
 
-constexpr int kMostKeys = 1 << 21;  // that are believed of a request before the kernel before is done
+constexpr int kMostKeys = 1 << 20;  // that are believed of a request before the kernel before is done
 
 // What of a step decides the work: the same on every CTA. What follows takes a cascade's too (cascade.cuh), where
 // requests are the groups of all levels.
@@ -554,8 +554,8 @@ guess_run(const Problem& problem, bool reads_early,
 // Where one of a tile's rows of keys lies, which a thread finds before the copy of the tile starts.
 struct FoundRow {
   int page;
-  int token;         // of the page
-  const int* entry;  // of the table, of a guess
+  int token;                   // of the page
+  const int* entry = nullptr;  // of the table, of a guess
 
   // Returns the entry that says which page it is.
   __device__ __forceinline__ const int* find(const Divisor& page_size, const int* pages,
