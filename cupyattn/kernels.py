@@ -337,12 +337,13 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int, num_requests: int =
 
     Notes
     -----
-    With few rows and tiles, mla.cu has the shorter way from start to end; with more than 16 rows where requests have up
-    to 16 tiles, or it would have more to merge. bench/NOTES.md has the times on both sides.
+    With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on both sides.
+    With 17 to 64 rows, in tiles of 32, that is where requests have up to 16 tiles of keys (of more, it would have more
+    to merge), and CTAs two of its tiles, of 32 keys. (What a table has room for may be a tile more for each request.)
     """
     if rows <= 16 and num_tiles <= 9 * num_sms // 4:
         return None
-    if rows <= 64 and num_tiles * -(-rows // 32) <= num_sms and num_tiles <= 16 * num_requests:
+    if rows <= 64 and num_tiles <= 17 * num_requests and num_tiles * -(-rows // 32) <= 5 * num_sms // 4:
         return None
     return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
 

@@ -214,8 +214,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   // for. Where runs are of one tile, latencies and little else, no more than 5 MB: more would hold up the kernel before.
   const auto ask_for_keys = [&]() {
     constexpr int kMostAtOnce = 160 * 128 / kRowDims;  // CTAs of such runs that ask for values, too
-    // With several query tiles, what is said of one is worth less than what all ask for by themselves.
-    if (!has_row() || (reads_early && load.request.qo_len * group_size > kTileQ)) return;
+    if (!has_row()) return;
     // Before a window may be any pages of a cascade's.
     const bool asks = load.q_tile == 0 && static_cast<u32>(load.kv_head) < num_kv_heads &&
                       (!finds_v || partition.quota > 1 || partition.part_units <= kMostAtOnce) &&
@@ -225,9 +224,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     });
   };
   const auto look_again = [&]() { found.look_again(); };
-  const Beginning beginning =
-      guess_run<kThreads, kLaunchesEarly>(problem, reads_early, load, partition, ask_for_keys, look_again,
-                                          false, blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
+  const Beginning beginning = guess_run<kThreads, kLaunchesEarly, false>(
+      problem, reads_early, load, partition, ask_for_keys, look_again, false, blockIdx.x >> parts_log2,
+      gridDim.x >> parts_log2);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
@@ -356,8 +355,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
 
   if (tid < 2) smem_run_end.clear();
-  // Already, or by look_again.
-  const bool is_found = found.entry != nullptr && (beginning == kGuessed || reads_early);
+  const bool is_found = found.entry != nullptr && beginning == kGuessed;  // look_again has begun to read
   if (!is_found) find_row();
   partition.number_ctas();
   const T* row = nullptr;

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   };
   const auto look_again = [&]() { found.look_again(); };
   constexpr bool kGuesses = kLaunchesEarly && !kIsCascade;  // as mla_sm90.cu
-  const Beginning beginning = guess_run<kThreads, kGuesses>(
+  const Beginning beginning = guess_run<kThreads, kGuesses, true>(
       problem, reads_early, load, partition, ask_for_keys, look_again, false, blockIdx.x, gridDim.x);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(384, 1)
   const auto look_again = [&]() { found.look_again(); };
   // With barriers, after which all that is said above is there.
   constexpr bool kGuesses = !kIsCascade;  // there it gains nothing
-  const Beginning beginning = guess_run<kThreads, kGuesses>(
+  const Beginning beginning = guess_run<kThreads, kGuesses, true>(
       problem, reads_early, run, partition, ask_for_keys, look_again, in_cluster, blockIdx.x, gridDim.x);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on

@@ -117,6 +117,7 @@ CASES = {
     "mla_decode, 32 rows of a window": lambda gpu: mla_case(
         gpu, [3000, 0, 700], num_heads=20, window_left=500
     ),
+    "mla_decode, short requests of 64 rows": lambda gpu: mla_case(gpu, [700, 1, 0, 64], num_heads=64),
     "mla_decode, 64 rows": lambda gpu: mla_case(gpu, [9000, 1, 0, 64], num_heads=64, dense=True),
     "mla_decode, pairs": lambda gpu: mla_case(gpu, [40_000, 1000], num_heads=128),
     "mla_decode, 128 rows of short runs": lambda gpu: mla_case(gpu, [3000, 700], num_heads=128),

@@ -35,7 +35,7 @@ struct Levels {
     const int* kv_lens;     // [num_nodes]
     int num_nodes;
     int table_row_stride;
-    int num_table_entries;  // of kv_indices, to prefetch
+    int num_table_entries;  // of kv_indices, to prefetch, and to be guessed from
     int first_node;         // how many there are in the levels before
   };
   Level levels[kMaxLevels];

@@ -177,9 +177,9 @@ __device__ __forceinline__ void merge_share(const Team<kNumThreads>&,
 // twice. (Sums with fixed splits must not depend on neighbours.)
 enum class Halves {
   kNone,
-  kOfShares,
-  kOfLines
-};  // where there are two shares; where a share is two lines of many states
+  kOfShares,  // where there are two
+  kOfLines,   // where a share is two lines of many states
+};
 
 // The shares of a CTA that have several sharers, by threads 0 .. kThreads - 1.
 template <int kInFlight, int kThreads, bool kFixedSplits, Halves kHalves, typename Slots, typename T,

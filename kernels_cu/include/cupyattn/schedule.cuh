@@ -517,10 +517,10 @@ enum Beginning { kNoRun, kFound, kGuessed };
 // begin_run, of lengths and tables as they are before the kernel before is done, which may still change them; when it
 // is, each thread reads again what it has read, and if that differs for any, the run is found anew. In between,
 // `ask_for_keys()` asks L2 for the first keys of a run that is found in what may be anything; `look_again()` begins to
-// read where it has read. With `reads_early` nothing is changed (launch.cuh), so nothing is guessed; keys are asked for
-// in longer runs (in short ones all do that as soon as they know where).
-template <int kThreads, bool kGuesses, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost,
-          typename Problem, typename AskForKeys, typename LookAgain>
+// read where it has read. With `reads_early` nothing is changed (launch.cuh), so nothing is guessed; with kAsksEarly, keys
+// are asked for in longer runs (in short ones all do that as soon as they know where).
+template <int kThreads, bool kGuesses, bool kAsksEarly, int kTileKV, int kTileQ, bool kFixedSplits,
+          bool kQTilesOutermost, typename Problem, typename AskForKeys, typename LookAgain>
 __device__ __forceinline__ Beginning
 guess_run(const Problem& problem, bool reads_early,
           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor, Partition& partition,
@@ -538,7 +538,8 @@ guess_run(const Problem& problem, bool reads_early,
   while (true) {  // twice at most, as the code is long
     if (guesses && !problem.is_likely(own.request)) own.request = OneRequest(0, 0, 0, -1);
     const bool has_run = begin_run<kThreads>(problem, own, cursor, partition, in_pairs, cta, max_ctas);
-    if (has_run && kAsks && (guesses || (reads_early && partition.quota >= kLongRun))) ask_for_keys();
+    if (has_run && kAsks && (guesses || (kAsksEarly && reads_early && partition.quota >= kLongRun)))
+      ask_for_keys();
     if (!guesses) return has_run ? kFound : kNoRun;
     wait_for_predecessor();
     // A cascade's by L1, which then has what it will read of the next groups, behind its copies.
