@@ -355,7 +355,8 @@ struct GroupStates {
 
 constexpr int kMergeScratch = 40;
 constexpr int kHotPolls = 4;        // then other CTAs' copies come first
-constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
+// Polls, some 80 s: more is a workspace that two launches share. (A sanitizer makes seconds of a launch.)
+constexpr int kPatience = 1 << 27;
 
 // Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; all threads of `team` call
 // it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
