@@ -503,14 +503,6 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   return true;
 }
 
-template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
-__device__ __forceinline__ bool begin_run(const Problem& problem,
-                                          Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
-                                          Partition& partition, bool in_pairs = false) {
-  const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>> own(problem, Int<kThreads>(), false);
-  return begin_run<kThreads>(problem, own, cursor, partition, in_pairs, blockIdx.x, gridDim.x);
-}
-
 // What guess_run has found; kGuessed: while the kernel before was still running, and that is true now, too.
 enum Beginning { kNoRun, kFound, kGuessed };
 
