@@ -354,7 +354,7 @@ struct GroupStates {
 };
 
 constexpr int kMergeScratch = 40;
-constexpr int kHotPolls = 4;        // then other CTAs' copies come first
+constexpr int kHotPolls = 4;  // then other CTAs' copies come first
 // Polls, some 80 s: more is a workspace that two launches share. (A sanitizer makes seconds of a launch.)
 constexpr int kPatience = 1 << 27;
 
