@@ -144,7 +144,7 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             ),
             "long": build_problem([4500], dense=True, **common),
         }
-        # With a table for many more tokens, sm_90a's own kernel is chosen for 16 rows, too.
+        # With a table for many more tokens, sm_90a's own kernel is chosen for up to 64 rows, too.
         roomy = {"short": [0, 1, 65, 130, 20], "long": [4500]}
         for length, kv_lens in roomy.items():
             problems[f"{length} roomy"] = build_problem(
@@ -153,9 +153,12 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         # Runs of six tiles, which sm_90a's kernel copies by boxes, for 128 heads to both CTAs of a pair.
         if dtype == "bfloat16" and heads in (16, 128):
             problems["runs"] = build_problem([45_000 if heads == 16 else 22_500], **common)
+        # For mla.cu on 132 SMs: 130 states, whose lines CTAs merge by halves; runs of two tiles of 32 rows.
+        if dtype == "bfloat16" and heads in (16, 40):
+            problems["few keys"] = build_problem([4160] if heads == 16 else [500] * 7, dense=True, **common)
         for mode, (length, problem) in itertools.product(({}, {"fixed_split_size": 64}), problems.items()):
             # Fixed splits are mla.cu's; with much room in the table they have a workspace of gigabytes.
-            if mode and length in ("short roomy", "long roomy", "runs"):
+            if mode and length in ("short roomy", "long roomy", "runs", "few keys"):
                 continue
             fixed = " fixed" if mode else ""
             keys_as_values = problem.replace(bases=problem.bases[:1] * 2)

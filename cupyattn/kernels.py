@@ -322,7 +322,7 @@ class MLASm90Config:
 MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64))
 
 
-def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | None:
+def mla_sm90_config(rows: int, num_tiles: int, num_sms: int, num_requests: int = 0) -> MLASm90Config | None:
     """Choose the shape of the kernel of mla_sm90.cu, or None where that of mla.cu is faster.
 
     Parameters
@@ -332,12 +332,18 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
     num_tiles : int
         Tiles of 64 keys that all requests have room for.
     num_sms : int
+    num_requests : int
+        0 for a cascade's groups.
 
     Notes
     -----
     With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on both sides.
+    With 17 to 64 rows, in tiles of 32, that is where requests have up to 16 tiles of keys (of more, it would have more
+    to merge), and CTAs two of its tiles, of 32 keys. (What a table has room for may be a tile more for each request.)
     """
     if rows <= 16 and num_tiles <= 9 * num_sms // 4:
+        return None
+    if rows <= 64 and num_tiles <= 17 * num_requests and num_tiles * -(-rows // 32) <= 5 * num_sms // 4:
         return None
     return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
 
@@ -345,8 +351,8 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int) -> MLASm90Config | 
 def mla_sm90_cluster(rows: int, num_tiles: int, num_sms: int) -> int:
     """Choose how many CTAs a cluster has: two where requests have more rows than a query tile, to copy the same keys.
 
-    Parameters are those of `mla_sm90_config`. Where no CTA has more than one tile, they do not (`is_long` of
-    mla_sm90.cu), and clusters start later.
+    Parameters are those of `mla_sm90_config`. They do so in runs of more than four tiles (`is_long` of mla_sm90.cu).
+    Clusters start later, so there are none where no CTA has more than one tile; in between they gain nothing.
     """
     tile_q = MLA_SM90_CONFIGS[-1].tile_q
     return 2 if rows > tile_q and num_tiles * -(-rows // tile_q) > num_sms else 1
@@ -374,13 +380,13 @@ def mla_config(arch: str, rows: int, fixed_splits: bool = False) -> MLAConfig:
     Notes
     -----
     On an H100 (227 KiB a CTA) a tile of 32 keys is 36 KiB and one of 64 query rows 72 KiB. A second buffer for
-    queries lets copies run ahead into the next request.
+    queries lets copies run ahead into the next request. There, tiles of more than 32 rows are mla_sm90.cu's.
     """
     per_sm = shared_bytes_per_sm(arch)
     shapes = [MLAConfig(1, 1, 8, 32, 4, 2), MLAConfig(1, 1, 8, 32, 3, 2), MLAConfig(1, 1, 4, 16, 3, 2)]
     if rows > 16:
         shapes = [MLAConfig(1, 2, 8, 32, 4, 1), MLAConfig(1, 2, 8, 32, 2, 1), *shapes]
-    if rows > 32 and not fixed_splits:
+    if rows > 32 and not fixed_splits and arch != "sm_90a":
         shapes = [MLAConfig(2, 2, 4, 32, 3, 1), *shapes]
     for config in shapes:
         if config.shared_bytes + _STATIC_SHARED_BYTES + _RESERVED_SHARED_BYTES <= per_sm:
@@ -394,8 +400,8 @@ def mla_configs(arch: str, fixed_splits: bool = False) -> tuple[MLAConfig, ...]:
 
 
 def mla_plain_configs(arch: str) -> tuple[MLAConfig | MLASm90Config, ...]:
-    """All shapes of either kernel that there are without fixed splits; where there is mla_sm90.cu, few of mla.cu."""
-    return (mla_config(arch, 16), *MLA_SM90_CONFIGS) if arch == "sm_90a" else mla_configs(arch)
+    """All shapes of either kernel that there are without fixed splits."""
+    return (*mla_configs(arch), *MLA_SM90_CONFIGS) if arch == "sm_90a" else mla_configs(arch)
 
 
 def mla_template(dtype: str, config: MLAConfig, fixed_splits: bool = False) -> tuple[str | int, ...]:
@@ -421,7 +427,7 @@ def _mla_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
 
 
 def _mla_cascade_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
-    configs = [config for config in mla_plain_configs(arch) if isinstance(config, MLAConfig)]
+    configs = (mla_config(arch, 16),) if arch == "sm_90a" else mla_configs(arch)
     for dtype, config in itertools.product(DECODE_DTYPES, configs):
         yield mla_template(dtype, config)
 

@@ -183,7 +183,7 @@ class MLAPlan(AttentionPlan):
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
                 num_sms = device_properties(self.device).num_sms
                 num_tiles = max_units(64, batch_size, True, 1, cache.page_size, pages)
-                config = kernels.mla_sm90_config(rows, num_tiles, num_sms)
+                config = kernels.mla_sm90_config(rows, num_tiles, num_sms, batch_size)
                 cluster = kernels.mla_sm90_cluster(rows, num_tiles, num_sms)
             if config is not None:
                 kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)

@@ -115,9 +115,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kMostNotes =
       kTileQ == 32 ? kThreads / 2 : kThreads;  // there, shared memory is needed elsewhere
   __shared__ Problem::Note smem_notes[kIsCascade ? 1 : kMostNotes];
-  const auto problem = problem_of(
-      departures, smem, smem_notes, kMostNotes, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
-      kv_lens, batch_size, num_kv_heads, group, window_left, split_shift, max_splits, cascade...);
+  const auto problem =
+      problem_of(departures, smem, smem_notes, kMostNotes, PageTable{kv_indptr, kv_indices, table_row_stride},
+                 num_table_entries, qo_indptr, kv_lens, batch_size, num_kv_heads, group, window_left,
+                 split_shift, max_splits, cascade...);
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const Partials<kHeadDim, kTileQ> partials{partial_out, partial_flags};
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   // The chain lengths -> offsets -> page ids -> keys is what a small batch waits for. All CTAs together ask L2 for all but
   // the keys at once.
-  problem.template prefetch<kThreads>(num_table_entries);
+  problem.template prefetch<kThreads>();
   // Parameters lie in constant memory, which each SM reads in lines of 64 bytes when first used, one after
   // the other. Here that hides behind the lengths, or the kernel before.
   touch(q_stride_token);
@@ -196,20 +197,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const auto has_row = [&]() {
     return (kThreads == 2 * kTileKV || tid < 2 * kTileKV) && tid % kTileKV < keys_left();
   };
-  int found_page;
-  int found_token;
-  const int* found_at = nullptr;  // of a guess
-  const auto find_entry = [&](int token) {
-    const int entry = page.divide(token);
-    found_token = page.modulo(token, entry);
-    return load.pages + entry;
-  };
-  const auto first_token = [&]() { return load.token_begin() + tid % kTileKV; };
+  FoundRow found;
   const auto find_row = [&]() {  // starts the read of the page table
-    if (has_row()) found_page = static_cast<int>(load_early(find_entry(first_token())));
+    if (!has_row()) return;
+    found.page =
+        static_cast<int>(load_early(found.find(page, load.pages, load.token_begin() + tid % kTileKV)));
   };
   const auto found_row = [&]() {  // waits for it
-    return pages_begin + strides.offset(found_page, found_token, first_head + load.kv_head);
+    return pages_begin + strides.offset(found.page, found.token, first_head + load.kv_head);
   };
   const auto prefetch_row = [&](const T* row) {
 #pragma unroll
@@ -220,31 +215,18 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const auto ask_for_keys = [&]() {
     constexpr int kMostAtOnce = 160 * 128 / kRowDims;  // CTAs of such runs that ask for values, too
     if (!has_row()) return;
-    const bool asks =
-        load.q_tile == 0 && (!finds_v || partition.quota > 1 || partition.part_units <= kMostAtOnce);
-    const int num_tiles = partition.quota > 4 ? 2 : 1;
-    int own_token = 0;
-#pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const int token = first_token() + tile * kTileKV;
-      if (token >= load.request.kv_len) break;
-      const int* entry = find_entry(token);
-      if (static_cast<u64>(entry - kv_indices) >= num_table_entries) break;
-      found_page = load_from_l2(entry);
-      if (tile == 0) found_at = entry, own_token = found_token;
-      if (asks && static_cast<u32>(found_page) < num_pages && static_cast<u32>(found_token) < page_size &&
-          static_cast<u32>(load.kv_head) < num_kv_heads) {
-        prefetch_row(found_row());
-      }
-    }
-    found_token = own_token;
+    // Before a window may be any pages of a cascade's.
+    const bool asks = load.q_tile == 0 && static_cast<u32>(load.kv_head) < num_kv_heads &&
+                      (!finds_v || partition.quota > 1 || partition.part_units <= kMostAtOnce) &&
+                      (!kIsCascade || window_left < 0);
+    found.guess(problem, load, page, num_pages, tid % kTileKV, partition.quota > 4 ? 2 : 1, [&]() {
+      if (asks) prefetch_row(found_row());
+    });
   };
-  const auto look_again = [&]() {
-    if (found_at != nullptr) found_page = load_from_l2(found_at);
-  };
-  const Beginning beginning =
-      guess_run<kThreads, kLaunchesEarly>(problem, reads_early, load, partition, ask_for_keys, look_again,
-                                          false, blockIdx.x >> parts_log2, gridDim.x >> parts_log2);
+  const auto look_again = [&]() { found.look_again(); };
+  const Beginning beginning = guess_run<kThreads, kLaunchesEarly, false>(
+      problem, reads_early, load, partition, ask_for_keys, look_again, false, blockIdx.x >> parts_log2,
+      gridDim.x >> parts_log2);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
@@ -373,14 +355,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   };
 
   if (tid < 2) smem_run_end.clear();
-  const bool is_guessed = beginning == kGuessed && found_at != nullptr;  // look_again has begun to read
-  if (!is_guessed) find_row();
+  const bool is_found = found.entry != nullptr && beginning == kGuessed;  // look_again has begun to read
+  if (!is_found) find_row();
   partition.number_ctas();
   const T* row = nullptr;
   if (has_row()) {  // the first keys are on their way into L2
     row = found_row();
-    if (!is_guessed && (!kIsCascade || window_left < 0))
-      prefetch_row(row);  // before the window may be any pages
+    if (!is_found && (!kIsCascade || window_left < 0)) prefetch_row(row);
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have. In long runs not before the last
@@ -814,7 +795,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the scratch memory is free again
       merge_share<kStatesInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
-                                                 smem_scratch);
+                                                 tile.first_line, tile.end_line, smem_scratch);
     }
     if (ends_run) break;
     clear();
@@ -827,8 +808,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares, smem_scratch);
     });
   } else {
+    constexpr Halves kHalves = kFixedSplits ? Halves::kNone : Halves::kOfShares;
     smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
-      merge_side_by_side<kStatesInFlight, kThreads, kFixedSplits>(partials, output, shares, smem_scratch);
+      merge_shares<kStatesInFlight, kThreads, kFixedSplits, kHalves>(partials, output, shares, smem_scratch);
     });
   }
 }

@@ -7,9 +7,8 @@
 // through a ring of kStages tiles of kTileKV rows of 576. kWarpsQ x kWarpsD warps work on a tile of query rows:
 // warp (wq, wd) has 16 * kRowBlocks rows.
 //   S = Q K^T    a warp takes 16 keys and one of kDimSplits shares of the 576 dimensions; the sums meet in shared memory
+//   P            a thread takes two keys of a row, or of several rows, with their maxima and sums
 //   O += P V     a warp takes all keys and 512 / kWarpsD columns of the result, which stay in registers
-// Between the two every warp computes the weights of its rows for itself: exponentials are cheaper than another
-// barrier, and each warp has the rows' maxima and sums.
 // What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
 // A row of the tile is (query token, query head): row = token * num_heads + head.
 
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                int page_size, u32 page_multiplier, int page_shift,       // Divisor
                int num_pages,                      // that the cache has
                int table_row_stride,
-               int num_table_entries,              // of kv_indices, to prefetch
+               int num_table_entries,              // of kv_indices, to prefetch, and to be guessed from
                int split_shift,                    // log2 of the tiles of a fixed split
                int max_splits,                     // that the workspace has slots for
                int reads_early,                    // what pdl=True allows, see launch.cuh
@@ -92,8 +91,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   constexpr int kTileQ = kWarpRows * kWarpsQ;
   constexpr int kKeySteps = kTileKV / 16;
   constexpr int kDimSplits = kWarpsD / kKeySteps;
-  constexpr int kColumns = kCkvDim / kWarpsD;  // of the result, a warp's
-  constexpr int kLongRun = 64;                 // tiles
+  constexpr int kColumns = kCkvDim / kWarpsD;            // of the result, a warp's
+  constexpr int kLongRun = 64;                           // tiles
+  constexpr int kStatesInFlight = kFixedSplits ? 4 : 8;  // of a merge, as there are registers
+  constexpr int kPairs = kTileKV / 2;                    // threads of a row, for its weights
+  constexpr int kRowsEach = kTileQ * kPairs / kThreads;
+  static_assert(kRowsEach * kThreads == kTileQ * kPairs && kPairs <= 32, "threads have as many rows");
   static_assert(kKeySteps * kDimSplits == kWarpsD && 4 % kDimSplits == 0, "S is cut into equal parts");
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one ckv or one kpe row");
   static_assert(kThreads % (kCkvDim / 8) == 0 && kStages >= 2);
@@ -105,12 +108,12 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(128) unsigned char smem[];
-  const auto problem =
-      problem_of(departures, smem, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride}, qo_indptr,
-                 kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
+  const auto problem = problem_of(
+      departures, smem, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride}, num_table_entries,
+      qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
-  const Partials<kCkvDim, kTileQ> partials{partial_out, partial_flags};
+  const Partials<kCkvDim, kTileQ, true> partials{partial_out, partial_flags};
   const Output<T, kTileQ> output{
       out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, heads};
   // A capped logit is cap * tanh(s * sm_scale / cap); both kinds are scaled to base 2.
@@ -120,11 +123,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
   constexpr int kQueryBytes = kTileQ * Layout::kRowBytes;
   constexpr int kLogitsRow = kTileKV + 8;  // floats: 8 more spread a warp's pairs over all banks
-  constexpr int kScratchRow = kCkvDim + 8;
-  constexpr int kPassRows =
-      16 * kScratchRow * 4 <= kTileBytes ? 16 : 8;  // results that a tile's place has room for
-  static_assert(kPassRows * kScratchRow * 4 <= kTileBytes);
-  unsigned char* smem_kv = smem;                           // [kStages] tiles
+  unsigned char* smem_kv = smem;           // [kStages] tiles
   unsigned char* smem_q = smem_kv + kStages * kTileBytes;  // [kQueryBuffers] tiles, one a segment
   float* smem_logits =
       reinterpret_cast<float*>(smem_q + kQueryBuffers * kQueryBytes);  // [kDimSplits][kTileQ][kLogitsRow]
@@ -132,6 +131,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
       reinterpret_cast<const T**>(smem_logits + kDimSplits * kTileQ * kLogitsRow);  // [2][ckv, kpe][kTileKV]
   __shared__ TileInfo smem_tiles[kStages];
   __shared__ bool smem_exists[kStages];   // or nothing was copied in that round
+  __shared__ float smem_factors[kTileQ];  // of a tile: for what was accumulated before
   __shared__ float2 smem_states[kTileQ];  // of a segment that ends: 1 / sum and lse of each row
   __shared__ RunEnd smem_run_end;
   __shared__ Positions<kTileQ, kIsCascade ? kQueryBuffers : 0>
@@ -148,38 +148,51 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const int quad_col = lane % 4 * 2;         // 2t of mma.cuh
 
   // As in decode.cu.
-  problem.template prefetch<kThreads>(num_table_entries);
+  problem.template prefetch<kThreads>();
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
   touch(lse_stride_head);
   touch(logits_soft_cap);
-  if (!reads_early || problem.writes_first()) wait_for_predecessor();
 
   Cursor<kTileKV, kTileQ, kFixedSplits> load;  // runs up to kStages - 1 tiles ahead of the tile in use
   Partition partition;
-  if (!begin_run<kThreads>(problem, load, partition)) {
-    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
-    return;
-  }
 
   // --- Producer: a row's address is found one tile before its copy starts. ---
   const auto keys_left = [&]() { return load.done() ? 0 : load.request.kv_len - load.token_begin(); };
   // Threads 0 .. kTileKV - 1 find rows of ckv, the next kTileKV those of kpe.
   const bool finds_kpe = tid / kTileKV == 1;
   const auto has_row = [&]() { return tid < 2 * kTileKV && tid % kTileKV < keys_left(); };
-  int found_page;
-  int found_token;
+  FoundRow found;
   const auto find_row = [&]() {  // starts the read of the page table
     if (!has_row()) return;
-    const int token = load.token_begin() + tid % kTileKV;
-    const int entry = page.divide(token);
-    found_page = static_cast<int>(load_early(load.pages + entry));
-    found_token = page.modulo(token, entry);
+    found.page =
+        static_cast<int>(load_early(found.find(page, load.pages, load.token_begin() + tid % kTileKV)));
   };
   const auto found_row = [&]() {  // waits for it
-    return finds_kpe ? kpe_pages + kpe_strides.offset(found_page, found_token, 0)
-                     : ckv_pages + ckv_strides.offset(found_page, found_token, 0);
+    return finds_kpe ? kpe_pages + kpe_strides.offset(found.page, found.token, 0)
+                     : ckv_pages + ckv_strides.offset(found.page, found.token, 0);
   };
+  const auto prefetch_row = [&](const T* row) {
+#pragma unroll
+    for (int i = 0; i < kCkvDim * 2; i += 128) {
+      if (i == 0 || !finds_kpe) prefetch_l2(reinterpret_cast<const char*>(row) + i);
+    }
+  };
+  const auto ask_for_keys = [&]() {
+    if (!has_row()) return;
+    found.guess(problem, load, page, num_pages, tid % kTileKV, 1, [&]() {
+      if (load.q_tile == 0) prefetch_row(found_row());
+    });
+  };
+  const auto look_again = [&]() { found.look_again(); };
+  constexpr bool kGuesses = kLaunchesEarly && !kIsCascade;  // as mla_sm90.cu
+  const Beginning beginning = guess_run<kThreads, kGuesses, true>(
+      problem, reads_early, load, partition, ask_for_keys, look_again, false, blockIdx.x, gridDim.x);
+  if (beginning == kNoRun) {
+    wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
+    return;
+  }
+
   int first_seen = 0;  // of a cascade's segment, the first key in anybody's window
   const auto copy_tile = [&](int stage, int slot) {
     const u64 policy = kIsCascade && load.request.qo_len * num_qo_heads > kTileQ ? evict_normal_policy()
@@ -214,7 +227,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
 
   // --- Consumer ---
   float acc[kRowBlocks][kColumns / 8][4];
-  SoftmaxState state[kRowBlocks][2];  // rows quad_row and quad_row + 8; `sum` over this lane's keys only
+  SoftmaxState state[kRowsEach];  // `sum` over this thread's keys only
   // Where this lane's ldmatrix rows begin, from the beginning of a tile on. A share of S is 4 / kDimSplits of the four
   // 16-dimension steps of each 128 bytes.
   const u32 split_bits = dim_split * (128 / kDimSplits);
@@ -225,27 +238,23 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   // Called where a segment has ended, so that nothing of it is live during a merge.
   const auto clear = [&]() {
 #pragma unroll
-    for (int block = 0; block < kRowBlocks; ++block) {
-      state[block][0] = state[block][1] = SoftmaxState();
+    for (int j = 0; j < kRowsEach; ++j) state[j] = SoftmaxState();
+#pragma unroll
+    for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[block][n][i] = 0.0f;
-    }
   };
 
   if (tid < 2) smem_run_end.clear();
-  find_row();
+  const bool is_found = found.entry != nullptr && (beginning == kGuessed || reads_early);  // or by look_again
+  if (!is_found) find_row();
   partition.number_ctas();
-  if (has_row() && (!kIsCascade || window_left < 0)) {  // the first keys are on their way into L2
-    const char* row = reinterpret_cast<const char*>(found_row());
-#pragma unroll
-    for (int i = 0; i < kCkvDim * 2; i += 128) {
-      if (i == 0 || !finds_kpe) prefetch_l2(row + i);
-    }
-  }
+  // The first keys are on their way into L2; before the window may be any pages.
+  if (!is_found && has_row() && (!kIsCascade || window_left < 0)) prefetch_row(found_row());
   wait_for_predecessor();
-  // Not earlier: the next kernel may rely on all before us having finished once we have.
+  // As in decode.cu.
   if (reads_early) launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas)};
   if (tid == 0) ctas.start();
@@ -254,12 +263,17 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   int q_buffer = 0;
   int segments_ahead = 0;  // whose queries are in a buffer
   // A round fills one stage and uses another, which was filled kStages - 1 rounds before; either may be empty: the
-  // first tile of a segment waits for a query buffer.
+  // first tile of a segment waits for a query buffer. A run of one tile has one round before it.
+  const bool is_one_tile = !kFixedSplits && partition.quota == 1;
 #pragma unroll 1
-  for (int round = 1 - kStages, load_stage = 0, use_stage = 0, slot = 0, tiles_ahead = 0;
+  for (int round = is_one_tile ? -1 : 1 - kStages, load_stage = 0, use_stage = 0, slot = 0, tiles_ahead = 0;
        tiles_ahead > 0 || !load.done(); ++round, slot ^= 1) {
     if (has_row()) smem_rows[slot * 2 * kTileKV + tid] = found_row();
-    cp_async_wait<kStages - 2>();
+    if (is_one_tile) {
+      cp_async_wait<0>();
+    } else {
+      cp_async_wait<kStages - 2>();
+    }
     __syncthreads();  // the tile has landed; the stage read last is free; the rows in `slot` are there
 
     const bool loads = !load.done() && !(begins_segment && segments_ahead == kQueryBuffers);
@@ -329,8 +343,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     }
     __syncthreads();
 
-    // All keys of the warp's rows, as the A operand of the next product has them: pair i of step k is keys
-    // 16 * k + 8 * (i / 2) + quad_col of row 8 * (i % 2) + quad_row. To base-2 logits.
+    // Weights, by threads with two keys of a row each, in the place of the first share of their logits.
     const int total_rows = tile.qo_len * num_qo_heads;
     const int first_row = tile.q_tile * kTileQ;
     const auto last_key_of = [&](int row) { return tile.kv_len - tile.qo_len + heads.divide(row); };
@@ -342,74 +355,78 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                  (window_left < 0 ||
                   tile.token_begin >= last_key_of(min(first_row + kTileQ, total_rows) - 1) - window_left);
     }
+#pragma unroll
+    for (int j = 0; j < kRowsEach; ++j) {
+      const int row = tid / kPairs + j * (kThreads / kPairs);
+      const int pair = tid % kPairs;
+      float* source = smem_logits + row * kLogitsRow + pair * 2;
+      float2 x = *reinterpret_cast<const float2*>(source);
+#pragma unroll
+      for (int split = 1; split < kDimSplits; ++split) {
+        const float2 more = *reinterpret_cast<const float2*>(source + split * kTileQ * kLogitsRow);
+        x.x += more.x, x.y += more.y;
+      }
+      x.x *= logit_scale, x.y *= logit_scale;  // to base 2
+      if (logits_soft_cap > 0.0f) {
+        x.x = soft_cap_log2 * tanh_accurate(x.x);
+        x.y = soft_cap_log2 * tanh_accurate(x.y);
+      }
+      if (!all_seen) {
+        int last;  // that the row sees, or where it stands
+        if constexpr (kIsCascade) {
+          last = smem_positions.at(problem, tile.q_buffer, row, tile.kv_len);
+        } else {
+          last = last_key_of(min(first_row + row, total_rows - 1));
+        }
+        const auto is_hidden = [&](int token) {
+          if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
+          return token > last || (window_left >= 0 && token < last - window_left);
+        };
+        const int token = tile.token_begin + pair * 2;
+        if (is_hidden(token)) x.x = neg_infinity();
+        if (is_hidden(token + 1)) x.y = neg_infinity();
+      }
+      // Online softmax.
+      float logit_max = fmaxf(x.x, x.y);
+#pragma unroll
+      for (int delta = 1; delta < kPairs; delta *= 2) {
+        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, delta));
+      }
+      SoftmaxState& own = state[j];
+      const float factor = own.raise(logit_max);
+      x.x = own.weight(x.x), x.y = own.weight(x.y);
+      own.sum += x.x + x.y;
+      *reinterpret_cast<u32*>(source) = pack2<T>(x.x, x.y);
+      if (pair == 0) smem_factors[row] = factor;
+      if (tile.ends_segment) {
+#pragma unroll
+        for (int delta = 1; delta < kPairs; delta *= 2) {
+          own.sum += __shfl_xor_sync(0xffffffffu, own.sum, delta);
+        }
+        if (pair == 0) smem_states[row] = make_float2(own.inverse_sum(), own.lse_log2());
+      }
+    }
+    __syncthreads();
+
+    // As the A operand of the next product has them: pair i of step k is keys 16 * k + 8 * (i / 2) + quad_col of row
+    // 8 * (i % 2) + quad_row.
     u32 p_frag[kRowBlocks][kKeySteps][4];
     float factor[kRowBlocks][2];
     bool rescales = false;
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block) {
-      float2 p[kKeySteps][4];
+      const int row = warp_q * kWarpRows + block * 16 + quad_row;
 #pragma unroll
       for (int k = 0; k < kKeySteps; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* source = smem_logits +
-                                (warp_q * kWarpRows + block * 16 + i % 2 * 8 + quad_row) * kLogitsRow +
-                                k * 16 + i / 2 * 8 + quad_col;
-          float2 sum = *reinterpret_cast<const float2*>(source);
-#pragma unroll
-          for (int split = 1; split < kDimSplits; ++split) {
-            const float2 x = *reinterpret_cast<const float2*>(source + split * kTileQ * kLogitsRow);
-            sum.x += x.x, sum.y += x.y;
-          }
-          p[k][i] = make_float2(sum.x * logit_scale, sum.y * logit_scale);
-          if (logits_soft_cap > 0.0f) {
-            p[k][i].x = soft_cap_log2 * tanh_accurate(p[k][i].x);
-            p[k][i].y = soft_cap_log2 * tanh_accurate(p[k][i].y);
-          }
+          p_frag[block][k][i] = *reinterpret_cast<const u32*>(smem_logits + (row + i % 2 * 8) * kLogitsRow +
+                                                              k * 16 + i / 2 * 8 + quad_col);
         }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!all_seen) {
-          const int row_in_tile = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
-          int last;  // or where the row stands
-          if constexpr (kIsCascade) {
-            last = smem_positions.at(problem, tile.q_buffer, row_in_tile, tile.kv_len);
-          } else {
-            last = last_key_of(min(first_row + row_in_tile, total_rows - 1));
-          }
-          const auto is_hidden = [&](int token) {
-            if constexpr (kIsCascade) return problem.is_hidden(token, last, tile.kv_len);
-            return token > last || (window_left >= 0 && token < last - window_left);
-          };
-#pragma unroll
-          for (int k = 0; k < kKeySteps; ++k)
-#pragma unroll
-            for (int i = half; i < 4; i += 2) {
-              const int token = tile.token_begin + k * 16 + i / 2 * 8 + quad_col;
-              if (is_hidden(token)) p[k][i].x = neg_infinity();
-              if (is_hidden(token + 1)) p[k][i].y = neg_infinity();
-            }
-        }
-        // Online softmax. The four lanes of a quad have a row.
-        float logit_max = neg_infinity();
-#pragma unroll
-        for (int k = 0; k < kKeySteps; ++k)
-#pragma unroll
-          for (int i = half; i < 4; i += 2) logit_max = fmaxf(logit_max, fmaxf(p[k][i].x, p[k][i].y));
-        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 1));
-        logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 2));
-        SoftmaxState& own = state[block][half];
-        factor[block][half] = own.raise(logit_max);
+        factor[block][half] = smem_factors[row + half * 8];
         rescales |= factor[block][half] != 1.0f;
-#pragma unroll
-        for (int k = 0; k < kKeySteps; ++k)
-#pragma unroll
-          for (int i = half; i < 4; i += 2) {
-            const float x = own.weight(p[k][i].x);
-            const float y = own.weight(p[k][i].y);
-            own.sum += x + y;
-            p_frag[block][k][i] = pack2<T>(x, y);
-          }
       }
     }
     if (__any_sync(0xffffffffu, rescales)) {  // rare after a segment's first tiles
@@ -440,70 +457,46 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
     --segments_ahead;
     const int num_rows = tile.num_rows<kTileQ>(heads);
     const bool is_complete = tile.group.num_partials == 1;
+    constexpr int kLines = kColumns / partials.kLineDims;  // of a warp's rows
+    const int first_line = warp_d * kLines;
 #pragma unroll
     for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        SoftmaxState& own = state[block][half];
-        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
-        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
-        if (warp_d == 0 && quad_col == 0) {
-          smem_states[warp_q * kWarpRows + block * 16 + half * 8 + quad_row] =
-              make_float2(own.inverse_sum(), own.lse_log2());
-        }
-      }
-    // Through shared memory, in the place of the segment's last tile, so that a loop can write whole rows.
-    float* smem_scratch = reinterpret_cast<float*>(smem_kv + stage * kTileBytes);
+        const int row = warp_q * kWarpRows + block * 16 + half * 8 + quad_row;
+        const float inverse = smem_states[row].x;
+        const float lse_log2 = smem_states[row].y;
+        float x[kLines][8];
 #pragma unroll
-    for (int pass = 0; pass < kTileQ / kPassRows; ++pass) {
-      const int pass_row = pass * kPassRows;
-      __syncthreads();  // all warps are done with the tile, or with the pass before
-      if (warp_q == pass_row / kWarpRows) {
+        for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-        for (int in_pass = 0; in_pass < kPassRows; in_pass += 8)
+          for (int i = 0; i < 2; ++i) x[n / 4][n % 4 * 2 + i] = acc[block][n][half * 2 + i];
+        if (!is_complete) {
+          partials.write_lines(tile.state_row + row, first_line, lane % 4, x, inverse, lse_log2,
+                               row < num_rows);
+        } else if (row < num_rows) {
 #pragma unroll
-          for (int n = 0; n < kColumns / 8; ++n) {
-            const int row = pass_row % kWarpRows + in_pass;
-            const float (&c)[4] = acc[row / 16][n];
-            float* target =
-                smem_scratch + (in_pass + quad_row) * kScratchRow + warp_d * kColumns + n * 8 + quad_col;
-            *reinterpret_cast<float2*>(target) =
-                row % 16 == 0 ? make_float2(c[0], c[1]) : make_float2(c[2], c[3]);
+          for (int line = 0; line < kLines; ++line) {
+            const int dim = partials.first_dim((first_line + line) * 4 + lane % 4);
+            const auto target = [&]() {
+              if constexpr (kIsCascade) return result_row(problem, output, tile, row, dim);
+              return output.row_at(tile, row, dim);
+            }();
+#pragma unroll
+            for (float& value : x[line]) value *= inverse;
+            partials.write_result(target, dim, x[line]);
+            target.write_lse(lse_log2);
           }
-      }
-      __syncthreads();
-      constexpr int kVecs = partials.kRowVecs;
-      static_assert(kVecs % 32 == 0, "a warp is in one row");
-#pragma unroll 1
-      for (int i = tid; i < min(num_rows - pass_row, kPassRows) * kVecs; i += kThreads) {
-        const int row = pass_row + i / kVecs;
-        const int dim = partials.first_dim(i % kVecs);
-        const float2 inverse_and_lse = smem_states[row];
-        const float* source = smem_scratch + i / kVecs * kScratchRow + dim;
-        const float4 first = *reinterpret_cast<const float4*>(source);
-        const float4 second = *reinterpret_cast<const float4*>(source + partials.kSpan);
-        if (is_complete) {
-          const auto target = [&]() {
-            if constexpr (kIsCascade) return result_row(problem, output, tile, row, dim);
-            return output.row_at(tile, row, dim);
-          }();
-          target.write(0, first * inverse_and_lse.x);
-          target.write(partials.kSpan, second * inverse_and_lse.x);
-          target.write_lse(inverse_and_lse.y);
-        } else {
-          partials.write(tile.state_row + row, i % kVecs, first, second, inverse_and_lse.x, inverse_and_lse.y,
-                         true);
         }
       }
-    }
     if (!kIsCascade && !is_complete && tid < 4) smem_run_end.add_together(tile);
     // Page ids that L1 keeps take room from copies under way, see decode.cu.
     if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
       __syncthreads();  // the logits have been read
-      merge_share<kFixedSplits ? 4 : 8, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
-                                                      smem_logits);
+      merge_share<kStatesInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
+                                                 tile.first_line, tile.end_line, smem_logits);
     }
     if (ends_run) break;
     clear();
@@ -516,11 +509,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
                                     reinterpret_cast<float*>(smem));
     });
   } else {
+    constexpr Halves kHalves = kFixedSplits ? Halves::kNone : Halves::kOfLines;
     smem_run_end.merge(ctas, NamedBarrier<kThreads>(), [&](const auto& shares) {
-      merge_in_turn(shares, [&](const TileInfo& share) {
-        merge_share<kFixedSplits ? 4 : 8, kFixedSplits>(all_threads<kThreads>(), partials, output, share,
-                                                        smem_logits);
-      });
+      merge_shares<kStatesInFlight, kThreads, kFixedSplits, kHalves>(partials, output, shares, smem_logits);
     });
   }
 }

@@ -53,8 +53,7 @@ namespace cupyattn {
 
 // A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. Copies,
 // because what a call gets by reference is in memory, and read there again after every asm statement.
-template <bool kHasFlags, int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots,
-          typename Results>
+template <int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots, typename Results>
 __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier,
                                          const Problem& problem_in_memory,
                                          const Partition& partition_in_memory, const Ctas& ctas_in_memory,
@@ -63,27 +62,14 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier
   const Ctas ctas = ctas_in_memory;
   const Slots partials = partials_in_memory;
   const Results output = output_in_memory;
+  constexpr Halves kHalves = Slots::kHasFlags ? Halves::kNone : Halves::kOfLines;
   run_end.merge(ctas, barrier, [&](const auto& shares) {
     if constexpr (Problem::kIsCascade) {
       const Problem problem = problem_in_memory;
       const Partition partition = partition_in_memory;
       merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares, scratch);
     } else {
-      merge_in_turn(shares, [&](const TileInfo& share) {
-        if constexpr (!kHasFlags) {
-          if (share.end_line - share.first_line == 2 && share.group.num_partials > 64) {
-            // Each half of the threads takes a line of so many states, so that none waits for memory twice.
-            const auto team = half_of_threads<kThreads>();
-            TileInfo own = share;
-            own.first_line += team.half;
-            own.end_line = own.first_line + 1;
-            merge_share<8, false>(team, partials, output, own,
-                                  scratch + team.half * team.kWarps * kMergeScratch);
-            return;
-          }
-        }
-        merge_share<8, false>(all_threads<kThreads>(), partials, output, share, scratch);
-      });
+      merge_shares<8, kThreads, false, kHalves>(partials, output, shares, scratch);
     }
   });
 }
@@ -183,8 +169,8 @@ __global__ void __launch_bounds__(384, 1)
   extern __shared__ __align__(1024) unsigned char smem_q[];  // blocks are aligned to 1024 bytes
   const auto make_problem = [&]() {
     return problem_of(departures, smem_q, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride},
-                      qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits,
-                      cascade...);
+                      num_table_entries, qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift,
+                      max_splits, cascade...);
   };
   const auto problem = make_problem();
   // Functions: what has an address, for a call to read, is in memory everywhere.
@@ -233,7 +219,7 @@ __global__ void __launch_bounds__(384, 1)
   const bool in_cluster = !kIsCascade && kTileQ == kRows && cluster_size() == 2;
 
   // As in decode.cu.
-  problem.template prefetch<kThreads>(num_table_entries);
+  problem.template prefetch<kThreads>();
   touch(q_ckv_stride_token);
   touch(ckv_stride_page);
   touch(lse_stride_head);
@@ -271,20 +257,13 @@ __global__ void __launch_bounds__(384, 1)
   const int copy_warp = warp - kColumnThreads / 32;
   const int half = copy_warp / 2;
   const int first_copied = copy_warp % 2 * 32;
-  int found_page = 0;
-  int found_token = 0;
-  const int* found_at = nullptr;  // of a guess
-  const auto find_entry = [&](const int* pages, int token) {
-    const int entry = page.divide(token);
-    found_token = page.modulo(token, entry);
-    return pages + entry;
-  };
+  FoundRow found{};
   const auto ckv_row = [&]() {
     return reinterpret_cast<u64>(ckv_pages + half * kColumns +
-                                 ckv_strides.offset(found_page, found_token, 0));
+                                 ckv_strides.offset(found.page, found.token, 0));
   };
   const auto kpe_row = [&]() {
-    return reinterpret_cast<u64>(kpe_pages + kpe_strides.offset(found_page, found_token, 0));
+    return reinterpret_cast<u64>(kpe_pages + kpe_strides.offset(found.page, found.token, 0));
   };
   const auto prefetch_row = [&]() {
     const char* row = reinterpret_cast<const char*>(ckv_row());
@@ -310,29 +289,16 @@ __global__ void __launch_bounds__(384, 1)
   const auto ask_for_keys = [&]() {
     set_up();
     if (copy_warp < 0) return;
-    const int num_tiles = kTileQ <= 16 && is_long ? 2 : 1;
-    int own_token = 0;
-#pragma unroll 1
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const int token = run.token_begin() + tile * kTileKV + first_copied + lane_id();
-      if (token >= run.request.kv_len) break;
-      const int* entry = find_entry(run.pages, token);
-      if (static_cast<u64>(entry - kv_indices) >= num_table_entries) break;
-      found_page = load_from_l2(entry);
-      if (tile == 0) found_at = entry, own_token = found_token;
-      if (run.q_tile == 0 && static_cast<u32>(found_page) < num_pages &&
-          static_cast<u32>(found_token) < page_size) {
-        prefetch_row();
-      }
-    }
-    found_token = own_token;
+    found.guess(problem, run, page, num_pages, first_copied + lane_id(), kTileQ <= 16 && is_long ? 2 : 1,
+                [&]() {
+                  if (run.q_tile == 0) prefetch_row();
+                });
   };
-  const auto look_again = [&]() {
-    if (found_at != nullptr) found_page = load_from_l2(found_at);
-  };
+  const auto look_again = [&]() { found.look_again(); };
   // With barriers, after which all that is said above is there.
-  const Beginning beginning = guess_run<kThreads, true>(problem, reads_early, run, partition, ask_for_keys,
-                                                        look_again, in_cluster, blockIdx.x, gridDim.x);
+  constexpr bool kGuesses = !kIsCascade;  // there it gains nothing
+  const Beginning beginning = guess_run<kThreads, kGuesses, true>(
+      problem, reads_early, run, partition, ask_for_keys, look_again, in_cluster, blockIdx.x, gridDim.x);
   if (beginning == kNoRun) {
     wait_for_predecessor();  // or this kernel could be done before the one that its successor relies on
     return;
@@ -341,8 +307,8 @@ __global__ void __launch_bounds__(384, 1)
     set_up();
     __syncthreads();
   }
-  const bool is_guessed = beginning == kGuessed && found_at != nullptr;  // look_again has begun to read
-  if (in_cluster) cluster_wait();                                        // the other's barriers are there
+  const bool is_found = found.entry != nullptr && (beginning == kGuessed || reads_early);  // or by look_again
+  if (in_cluster) cluster_wait();  // the other's barriers are there
 
   // A group is done with a half: a pair's also says so to the other CTA, from which keys come too.
   const auto release = [&](int stage, int half) {
@@ -404,9 +370,9 @@ __global__ void __launch_bounds__(384, 1)
     const auto find_row = [&]() {  // starts the read of the page table
       const int row = first_copied + lane_id();
       if (row >= num_keys) return;
-      found_page = static_cast<int>(load_early(find_entry(pages, token_begin + row)));
+      found.page = static_cast<int>(load_early(found.find(page, pages, token_begin + row)));
     };
-    if (!is_guessed) {
+    if (!is_found) {
       find_row();
       // The first keys are on their way into L2; before the window may be any pages.
       if (first_copied + lane_id() < num_keys && (!kIsCascade || window_left < 0)) prefetch_row();
@@ -449,9 +415,12 @@ __global__ void __launch_bounds__(384, 1)
       const int end_block = in_pair ? rank * 2 + 2 : kBlocks;
       const int block_step = are_dealt ? 2 : 1;
       const bool copies_kpe = with_kpe && (!in_pair || rank == half) && (!are_dealt || copy_warp % 2 == 0);
-      int box_page = uniform(found_page);
-      int box_token = uniform(found_token) - (are_dealt ? first_copied : 0);
+      int box_page = uniform(found.page);
+      int box_token = uniform(found.token) - (are_dealt ? first_copied : 0);
       u32 box_offset = (are_dealt ? 0 : first_copied) * kBlockRowBytes;
+      // The second tile only when the first is there, which CTAs that start late would get behind all others' second. With
+      // more rows it gains nothing.
+      if (!kIsCascade && kTileQ <= 16 && t == 1) mbarrier_wait(full_at(0, half), 0);
       mbarrier_wait(empty_at(stage, half), t / kStages & 1 ^ 1);
       if (in_boxes) {
         const bool is_first = lane_id() == 0;
@@ -479,8 +448,8 @@ __global__ void __launch_bounds__(384, 1)
           }
           row += box_rows;
           if (row >= 32) break;
-          box_page = __shfl_sync(0xffffffffu, found_page, row);
-          box_token = __shfl_sync(0xffffffffu, found_token, row);
+          box_page = __shfl_sync(0xffffffffu, found.page, row);
+          box_token = __shfl_sync(0xffffffffu, found.token, row);
           box_offset += box_rows * kBlockRowBytes;
         }
       } else {
@@ -1075,9 +1044,8 @@ __global__ void __launch_bounds__(384, 1)
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
-  merge_apart<kHasFlags, kColumnThreads, kTileKV>(smem_run_end, columns_barrier, make_problem(),
-                                                  smem_partition, ctas(), slots(), results(),
-                                                  reinterpret_cast<float*>(smem_q));
+  merge_apart<kColumnThreads, kTileKV>(smem_run_end, columns_barrier, make_problem(), smem_partition, ctas(),
+                                       slots(), results(), reinterpret_cast<float*>(smem_q));
   if (in_pair) cluster_wait();  // the other may still have told this one's barriers
 }
 

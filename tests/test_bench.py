@@ -1148,7 +1148,7 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
         wanted, wanted_lse = attend(problem)
         assert not misses(out, lse, (wanted[..., :512], wanted_lse), problem.dtype, np), name
     assert heads == {16, 24, 32, 40, 128}
-    assert len(names) == 2 * 5 * (2 * 2 + 2) + 2
+    assert len(names) == 2 * 5 * (2 * 2 + 2) + 4
 
 
 def test_sanitizer_cascades_run_every_instance() -> None:

@@ -67,6 +67,10 @@ def cascade_case(gpu, own_lens=(300, 1, 40), shared=(([3], [2000]),), **argument
     out, lse = gpu.empty(p.out_shape, p.q.dtype), gpu.empty(p.q.shape[:2], np.float32)
     (shared, offsets), (own, _) = cascade.levels.levels
     arrays = {"q": p.q, "kv_lens": own.kv_lens, "shared lens": shared.kv_lens, "offsets": offsets}
+    for name, pages in (("own", own), ("shared", shared)):
+        arrays[f"{name} indices"] = pages.kv_indices
+        if pages.kv_indptr is not None:
+            arrays[f"{name} indptr"] = pages.kv_indptr
     return arrays, (out, lse), lambda **more: cascade.call(out=out, lse=lse, **more)
 
 
@@ -113,14 +117,22 @@ CASES = {
     "mla_decode, 32 rows of a window": lambda gpu: mla_case(
         gpu, [3000, 0, 700], num_heads=20, window_left=500
     ),
+    "mla_decode, short requests of 64 rows": lambda gpu: mla_case(gpu, [700, 1, 0, 64], num_heads=64),
     "mla_decode, 64 rows": lambda gpu: mla_case(gpu, [9000, 1, 0, 64], num_heads=64, dense=True),
     "mla_decode, pairs": lambda gpu: mla_case(gpu, [40_000, 1000], num_heads=128),
     "mla_decode, 128 rows of short runs": lambda gpu: mla_case(gpu, [3000, 700], num_heads=128),
     "mla_decode, many requests": lambda gpu: mla_case(gpu, list(range(1, 200)), num_heads=64),
     "mla_decode, more tokens": lambda gpu: mla_case(gpu, [3000, 1, 700], num_heads=40, qo_lens=[2, 0, 3]),
     "cascade_decode": cascade_case,
+    "cascade_decode, several nodes a thread": lambda gpu: cascade_case(
+        gpu, list(range(300)), [([100] * 3, [1000, 64, 0])], group_size=4
+    ),
+    "cascade_decode, a window": lambda gpu: cascade_case(gpu, window_left=500),
     "cascade_decode, nodes in memory": lambda gpu: cascade_case(gpu, [5] * 1600, [([16] * 100, [64] * 100)]),
     "cascade_decode, MLA": lambda gpu: cascade_case(gpu, mla=True, num_heads=16),
+    "cascade_decode, MLA, 64 rows": lambda gpu: cascade_case(
+        gpu, [300, 1, 40] * 20, [([30, 15, 15], [4000, 100, 3000])], mla=True, num_heads=16
+    ),
     "append": append_case,
     "merge_states": merge_case,
 }

@@ -146,7 +146,7 @@ SHAPES = {
 
 
 def room(xp, shape):
-    """Entries of each row that nobody reads: it decides which kernel serves 16 rows."""
+    """Entries of each row that nobody reads: it decides which kernel serves up to 64 rows."""
     return size(xp, 80_000 // max(len(shape["kv_lens"]), 1), 3)
 
 
@@ -316,7 +316,7 @@ def test_a_thread_that_has_not_used_the_device(xp, is_known, num_heads):
 
 @pytest.mark.parametrize("num_heads", [5, 16, 32, 64, 100, 128])
 def test_merges(xp, pools, num_heads):
-    """Groups over 1, 2, ... some hundred CTAs: states that one CTA merges, and that several share."""
+    """Groups over 1, 2, ... some hundred CTAs: states that one CTA merges, that several share, or all do."""
     for step, ragged in itertools.product(size(xp, (64, 448, 2048, 12000), (64,)), (False, True)):
         kv_lens = [step * (i + 1) + i for i in range(5)] + [0]
         problem = pools(xp, "bfloat16").problem(
@@ -325,20 +325,28 @@ def test_merges(xp, pools, num_heads):
         )  # fmt: skip
         for _ in range(size(xp, 3, 1)):
             check(problem, (num_heads, step, ragged))
+    one = pools(xp, "bfloat16").problem(
+        [size(xp, 4160, 100)], page_size=8, group_size=size(xp, num_heads, 4), dense=True, **rows_of(xp)
+    )
+    check(one, num_heads)
 
 
 @pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
 @pytest.mark.parametrize("values", ["huge", "tiny", "zero", "infinite", "infinite-alone"])
-def test_values_that_float16_cannot_hold(xp, values, num_heads):
+@pytest.mark.parametrize("few_keys", [False, True])
+def test_values_that_float16_cannot_hold(xp, values, num_heads, few_keys):
     """Partial states are packed into float16, with a factor; an infinity stays in its column.
 
     Values are keys too: queries make up for their size, and a cap makes infinite logits finite.
     """
     factor = {"huge": 2.0**114, "tiny": 2.0**-100, "infinite": 1.0}.get(values, 0.0)
     is_infinite = values.startswith("infinite")
+    # Few enough for mla.cu, but with 128 rows, or too many.
+    few = [9000 if num_heads == 16 else 1000, 700, 0]
+    kv_lens, spare_entries = (few, 0) if few_keys else ([20_000, 700, 0], 12_000)
     problem = build(
-        xp, size(xp, [20_000, 700, 0], [100, 30, 0]), num_heads=size(xp, num_heads, -(-num_heads // 32)),
-        logits_soft_cap=5.0 if is_infinite else 0.0, spare_entries=12_000,  # too many for mla.cu
+        xp, size(xp, kv_lens, [100, 30, 0]), num_heads=size(xp, num_heads, -(-num_heads // 32)),
+        logits_soft_cap=5.0 if is_infinite else 0.0, spare_entries=spare_entries,
     )  # fmt: skip
     ckv, q_ckv = problem.ckv_pages, problem.q[..., : problem.ckv_dim]
     scaled = ckv.astype(np.float32) * factor

@@ -182,6 +182,7 @@ def test_shapes_of_the_sm90_kernel():
     assert kernels.mla_sm90_config(17, 86, 132).tile_q == 32
     assert kernels.mla_sm90_config(16, 9 * 33, 132) is None
     assert kernels.mla_sm90_config(16, 9 * 33 + 1, 132).tile_q == 16
+    assert kernels.mla_sm90_config(65, 16, 132, 1).tile_q == 64
     assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 64, 65, 256)] == [
         16, 16, 32, 32, 64, 64, 64, 64,
     ]  # fmt: skip
@@ -197,6 +198,30 @@ def test_shapes_of_the_sm90_kernel():
     for rows in ROWS:
         assert kernels.mla_sm90_cluster(rows, 10**6, 132) == (1 if rows <= 64 else 2)
     assert [kernels.mla_sm90_cluster(128, num_tiles, 132) for num_tiles in (65, 66, 67)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("lens", "rows", "is_short"),
+    [
+        ([1024], 64, True),
+        ([1024], 32, True),
+        ([4096], 32, False),
+        ([256] * 16, 64, True),
+        ([256] * 32, 64, False),
+        ([256] * 16, 65, False),
+        ([2048, 64], 64, False),
+    ],
+)
+def test_short_requests_of_many_rows_are_for_mla_cu(lens, rows, is_short, dense):
+    pages = np.cumsum([0, *(n // 64 for n in lens)], dtype=np.int32)
+    indices, kv_lens = np.arange(pages[-1], dtype=np.int32), np.array(lens, np.int32)
+    if dense:
+        table = PageTable.from_dense(np.resize(indices, (len(lens), max(lens) // 64)), kv_lens)
+    else:
+        table = PageTable(pages, indices, kv_lens)
+    num_tiles = runs.max_units(64, len(lens), True, 1, 64, table)
+    assert (kernels.mla_sm90_config(rows, num_tiles, 132, len(lens)) is None) == is_short
 
 
 def test_shapes_for_cascades():
@@ -234,8 +259,7 @@ def test_every_choice_of_a_cascade_is_compiled_ahead(arch):
 def test_every_choice_of_mla_decode_is_compiled_ahead(arch):
     instances = set(kernels.MLA_DECODE.instances_for(arch))
     for dtype, rows in itertools.product(kernels.DECODE_DTYPES, ROWS):
-        plain = kernels.mla_config(arch, min(rows, 16) if arch == "sm_90a" else rows)
-        assert kernels.mla_template(dtype, plain) in instances
+        assert kernels.mla_template(dtype, kernels.mla_config(arch, rows)) in instances
         assert kernels.mla_template(dtype, kernels.mla_config(arch, rows, True), True) in instances
 
 

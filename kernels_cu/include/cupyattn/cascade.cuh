@@ -35,7 +35,7 @@ struct Levels {
     const int* kv_lens;     // [num_nodes]
     int num_nodes;
     int table_row_stride;
-    int num_table_entries;  // of kv_indices, to prefetch
+    int num_table_entries;  // of kv_indices, to prefetch, and to be guessed from
     int first_node;         // how many there are in the levels before
   };
   Level levels[kMaxLevels];
@@ -100,7 +100,7 @@ struct CascadeProblem {
   }
 
   template <int kThreads>
-  __device__ __forceinline__ void prefetch(int) const {
+  __device__ __forceinline__ void prefetch() const {
     constexpr int kLine = 32;  // entries of a 128-byte line
     const i64 entry = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
 #pragma unroll 1
@@ -116,6 +116,21 @@ struct CascadeProblem {
       if (level.kv_indptr != nullptr) prefetch_l2(level.kv_indptr + i);
       if (level.qo_indptr != nullptr) prefetch_l2(level.qo_indptr + i);
     }
+  }
+  template <int kThreads, int kTileQ>
+  __device__ __forceinline__ bool can_be_guessed() const {
+    const int most_q_tiles = ceil_div(min(levels.num_tokens, 1 << 16) * group_size.value, kTileQ);
+    return levels.nodes_in_shared && batch_size <= min(kThreads, 128) && num_kv_heads * most_q_tiles < 128;
+  }
+  template <typename Request>
+  __device__ __forceinline__ bool is_likely(const Request& request) const {
+    const u32 num_tokens = levels.num_tokens;
+    return request.kv_len <= kMostKeys && static_cast<u32>(request.qo_begin) <= num_tokens &&
+           static_cast<u32>(request.qo_len) <= num_tokens - request.qo_begin;
+  }
+  __device__ __forceinline__ bool has_entry(int node, const int* entry) const {
+    const Levels::Level& level = levels.levels[level_of(node)];
+    return static_cast<u64>(entry - level.kv_indices) < level.num_table_entries;
   }
   // Nodes, which a launch before has written down there, too.
   __device__ __forceinline__ bool writes_first() const { return !levels.nodes_in_shared; }
@@ -254,24 +269,16 @@ struct CascadeProblem {
 // What a kernel's arguments say, without and with levels. `smem`: its dynamic shared memory; `notes`: `most_notes` of
 // shared memory too, not more than a CTA has threads.
 __device__ __forceinline__ Problem problem_of(void* workspace, void* smem, Problem::Note* notes,
-                                              int most_notes, const PageTable& pages, const int* qo_indptr,
-                                              const int* kv_lens, int batch_size, int num_kv_heads,
-                                              const Divisor& group_size, int window_left, int split_shift,
-                                              int max_splits) {
-  return {pages,
-          qo_indptr,
-          kv_lens,
-          batch_size,
-          num_kv_heads,
-          group_size,
-          window_left,
-          split_shift,
-          max_splits,
-          notes,
-          batch_size <= most_notes ? most_notes : 0};
+                                              int most_notes, const PageTable& pages, int num_table_entries,
+                                              const int* qo_indptr, const int* kv_lens, int batch_size,
+                                              int num_kv_heads, const Divisor& group_size, int window_left,
+                                              int split_shift, int max_splits) {
+  return {pages,       num_table_entries, qo_indptr,  kv_lens,
+          batch_size,  num_kv_heads,      group_size, window_left,
+          split_shift, max_splits,        notes,      batch_size <= most_notes ? most_notes : 0};
 }
 __device__ __forceinline__ CascadeProblem problem_of(void* workspace, void* smem, Problem::Note*, int,
-                                                     const PageTable&, const int*, const int*, int,
+                                                     const PageTable&, int, const int*, const int*, int,
                                                      int num_kv_heads, const Divisor& group_size,
                                                      int window_left, int, int, const Levels& levels) {
   char* memory = static_cast<char*>(levels.nodes_in_shared ? smem : workspace);
@@ -434,15 +441,15 @@ struct RowStates {
 };
 
 // This CTA's share of the rows of the result. `scratch`: shared memory, RowStates::kScratchBytes.
-template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ>
+template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ, bool kOfQuads>
 __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const Partition& partition,
-                                           const Partials<kHeadDim, kTileQ>& partials,
+                                           const Partials<kHeadDim, kTileQ, kOfQuads>& partials,
                                            const Output<T, kTileQ>& output, const TileInfo (&shares)[2],
                                            float* scratch) {
   const TileInfo& share = shares[0];  // all are in this one: RunEnd::add_lines
   if (share.num_sharers <= 1) return;
   using OneRequest = Request<kTileKV, kTileQ, false>;
-  using States = RowStates<Partials<kHeadDim, kTileQ>, OneRequest, kTileQ, kThreads / 32>;
+  using States = RowStates<Partials<kHeadDim, kTileQ, kOfQuads>, OneRequest, kTileQ, kThreads / 32>;
   const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
   const auto find = [&](int row, int dim) {
     const int token = static_cast<u32>(row) / num_qo_heads;

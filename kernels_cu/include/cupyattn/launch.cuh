@@ -1,11 +1,11 @@
 // Programmatic dependent launch: a kernel that starts while its predecessor on the stream is still finishing.
 // Instructions of sm_90 and up; below, and in an ordinary launch, they do nothing.
 //
-// All kernels are launched so, and wait before they write memory or rely on it: what comes before is worth 0.3 to 0.7 us. They
-// may ask L2 for what they will read, which is where it is written, too. As that may change while they run, it is not read
-// by .nc loads, nor what the compiler might read so (tables are not __restrict__). decode guesses, as
-// MLA does on Hopper, from what lengths and tables say before it waits, and reads them again when it has (guess_run of
-// schedule.cuh). Where the caller has promised that the kernel before does not write them (`pdl=True`), all of decode's
+// All kernels are launched so, and wait before they write memory or rely on it. Before, they may ask L2 for what they will
+// read, which is where it is written, too. As that may change while they run, it is not read by .nc loads, nor what the
+// compiler might read so (tables are not __restrict__). decode and its cascades, and MLA's decode, guess from what lengths
+// and tables say then, and read them again when they have waited (guess_run of schedule.cuh): on small steps that is worth
+// a microsecond. Where the caller has promised that the kernel before does not write them (`pdl=True`), all of decode's
 // kernels read them once, early (`reads_early`).
 //
 // A kernel lets the next one start only when it has waited itself: whoever has waited for it has waited for all before. How

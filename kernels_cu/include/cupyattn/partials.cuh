@@ -105,9 +105,11 @@ __device__ __forceinline__ u64 line_flag(float row_lse_log2, float factor) {
 __device__ __forceinline__ float lse_of(u64 flag) { return __uint_as_float(static_cast<u32>(flag)); }
 __device__ __forceinline__ float factor_of(u64 flag) { return __uint_as_float(static_cast<u32>(flag >> 32)); }
 
-// Scratch memory of a launch, by slots.
-template <int kHeadDim, int kTileQ>
+// Scratch memory of a launch, by slots. A lane of a line has eight of its columns: as the quads of an MMA have them of a row
+// (kOfQuads), pairs that are eight apart; or else as they are read from shared memory.
+template <int kHeadDim, int kTileQ, bool kOfQuads = false>
 struct Partials {
+  static constexpr bool kHasFlags = false;  // of lines
   static constexpr int kLineDims = 32;
   static constexpr int kRowLines = ceil_div(kHeadDim, kLineDims);
   static constexpr int kRowDims = kRowLines * kLineDims;  // the last line may be half empty
@@ -115,6 +117,7 @@ struct Partials {
   // Four of a lane's columns lie side by side, the other four kSpan further: so lanes read rows of floats in shared memory
   // without conflicts. In halves of 512 columns each has its own.
   static constexpr int kSpan = (kRowDims < 256 ? kRowDims : 256) / 2;
+  static_assert(!kOfQuads || kRowDims == kHeadDim);
 
   half_t* out;  // [num_slots, kTileQ, kRowDims], by lines and lanes
   u64* flags;   // [num_slots, kTileQ, kRowLines]
@@ -126,23 +129,35 @@ struct Partials {
 
   // The first of a lane's columns; lane `vec` of a row's kRowVecs, `vec` % 4 of a line's.
   static __device__ __forceinline__ int first_dim(int vec) {
+    if constexpr (kOfQuads) return vec / 4 * kLineDims + vec % 4 * 2;
     return vec / (kSpan / 4) * (2 * kSpan) + vec % (kSpan / 4) * 4;
   }
   // Whether a lane's other four columns exist.
   static __device__ __forceinline__ bool has_more(int first_dim) {
     return kRowDims == kHeadDim || first_dim + kSpan < kHeadDim;
   }
+  // Writes a lane's columns of the result to a row of it (Output::Row) that begins at the first.
+  template <typename Row>
+  static __device__ __forceinline__ void write_result(const Row& row, int first_dim, const float (&x)[8]) {
+    if constexpr (kOfQuads) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) row.write(i * 4, x[i], x[i + 1]);
+    } else {
+      row.write(0, make_float4(x[0], x[1], x[2], x[3]));
+      if (has_more(first_dim)) row.write(kSpan, make_float4(x[4], x[5], x[6], x[7]));
+    }
+  }
 
-  // A lane's columns of a row: `first` and `second`, times `factor`, which is not negative. Rows are counted over all slots.
-  // All lanes of a warp call it, whether or not theirs `exists`, but the four of a line alike.
-  __device__ __forceinline__ void write(int row, int vec, const float4& first, const float4& second,
-                                        float factor, float row_lse_log2, bool exists) const {
-    const float x[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
-    const auto largest_of = [&](u32 lanes, auto of_finite) {
+  // A lane's columns of kCount lines of a row, `lane` % 4 of each, times `factor`, which is not negative. Rows are counted
+  // over all slots. All lanes of a warp call it, whether or not theirs `exists`, but the four of a line alike.
+  template <int kCount>
+  __device__ __forceinline__ void write_lines(int row, int first_line, int lane, const float (&x)[kCount][8],
+                                              float factor, float row_lse_log2, bool exists) const {
+    const auto largest_of = [&](int j, u32 lanes, auto of_finite) {
       float largest[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        largest[i] = fabsf(x[i]);
+        largest[i] = fabsf(x[j][i]);
         if (of_finite.value && !(largest[i] * factor < -neg_infinity())) largest[i] = 0.0f;
       }
 #pragma unroll
@@ -153,26 +168,45 @@ struct Partials {
       largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 2));
       return largest[0] == 0.0f ? 0.0f : largest[0] * factor;
     };
-    float largest = largest_of(0xffffffffu, Bool<false>());
-    const bool all_finite = largest < -neg_infinity();
-    if (__builtin_expect(!all_finite, 0)) largest = largest_of(0xfu << (lane_id() & 28), Bool<true>());
-    const float scale = scale_to_pack(largest, all_finite);
-    const float factor_and_scale = factor * scale;
-    const auto word = [&](int i) {
-      const u32 packed = pack2<half_t>(x[2 * i] * factor_and_scale, x[2 * i + 1] * factor_and_scale);
-      return packed != 0 ? packed : 0x80000000u;
-    };
-    if (!exists) return;
-    const i64 line = static_cast<i64>(row) * kRowLines + vec / 4;
-    store_relaxed(reinterpret_cast<uint4*>(out + line * kLineDims) + vec % 4,
-                  make_uint4(word(0), word(1), word(2), word(3)));
-    if (vec % 4 == 0) store_relaxed(flags + line, line_flag(row_lse_log2, reciprocal_of_power(scale)));
+    float largest[kCount];
+    bool is_finite[kCount];
+    bool all_finite = true;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      largest[j] = largest_of(j, 0xffffffffu, Bool<false>());
+      is_finite[j] = largest[j] < -neg_infinity();
+      all_finite = all_finite && is_finite[j];
+    }
+    if (__builtin_expect(!all_finite, 0)) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) largest[j] = largest_of(j, 0xfu << (lane_id() & 28), Bool<true>());
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const float scale = scale_to_pack(largest[j], is_finite[j]);
+      const auto word = [&](int i) {
+        const u32 packed = pack2<half_t>(x[j][2 * i] * (factor * scale), x[j][2 * i + 1] * (factor * scale));
+        return packed != 0 ? packed : 0x80000000u;
+      };
+      if (!exists) continue;
+      const i64 line = static_cast<i64>(row) * kRowLines + first_line + j;
+      store_relaxed(reinterpret_cast<uint4*>(out + line * kLineDims) + lane,
+                    make_uint4(word(0), word(1), word(2), word(3)));
+      if (lane == 0) store_relaxed(flags + line, line_flag(row_lse_log2, reciprocal_of_power(scale)));
+    }
+  }
+  // Those of one line, `first` and `second`.
+  __device__ __forceinline__ void write(int row, int vec, const float4& first, const float4& second,
+                                        float factor, float row_lse_log2, bool exists) const {
+    const float x[1][8] = {{first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w}};
+    write_lines(row, vec / 4, vec % 4, x, factor, row_lse_log2, exists);
   }
 };
 
 // The same, where a flag tells of a line.
 template <int kHeadDim, int kTileQ>
 struct FlaggedPartials {
+  static constexpr bool kHasFlags = true;
   static constexpr int kLineDims = 64;
   static constexpr int kRowLines = kHeadDim / kLineDims;
 
@@ -320,19 +354,21 @@ struct GroupStates {
 };
 
 constexpr int kMergeScratch = 40;
-constexpr int kHotPolls = 4;        // then other CTAs' copies come first
-constexpr int kPatience = 1 << 25;  // polls, some 20 s: more is a workspace that two launches share
+constexpr int kHotPolls = 4;  // then other CTAs' copies come first
+// Polls, some 80 s: more is a workspace that two launches share. (A sanitizer makes seconds of a launch.)
+constexpr int kPatience = 1 << 27;
 
 // Merges lines `line` .. `end_line` - 1 of all their states (GroupStates), and clears them; all threads of `team` call
 // it. `wide`: all warps share the states of one line, for many states of few lines. A lane asks for kInFlight states at
 // once, or fewer. `scratch`: shared memory of the team, kMergeScratch floats a warp.
-// `find(row, dim)` says where columns of the result go (Output::Row): four from `dim` on, and four kSpan further.
-template <int kInFlight, int kNumThreads, int kHeadDim, int kTileQ, typename States, typename Find>
+// `find(row, dim)` says where columns of the result go (Output::Row), of which `dim` is a lane's first.
+template <int kInFlight, int kNumThreads, int kHeadDim, int kTileQ, bool kOfQuads, typename States,
+          typename Find>
 __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
-                                            const Partials<kHeadDim, kTileQ>& partials, States states,
-                                            bool wide, int line, int end_line, float* scratch,
+                                            const Partials<kHeadDim, kTileQ, kOfQuads>& partials,
+                                            States states, bool wide, int line, int end_line, float* scratch,
                                             const Find& find) {
-  using Slots = Partials<kHeadDim, kTileQ>;
+  using Slots = Partials<kHeadDim, kTileQ, kOfQuads>;
   constexpr int kWarps = Team<kNumThreads>::kWarps;
   u32 tid = team.tid;
   pin(tid);  // what follows from it is found here, not somewhere before, and kept
@@ -495,10 +531,7 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
       const float inverse = state.inverse_sum();
 #pragma unroll
       for (int i = 0; i < 8; ++i) acc[i] *= inverse;
-      target.write(0, make_float4(acc[0], acc[1], acc[2], acc[3]));
-      if (Slots::has_more(dim)) {
-        target.write(Slots::kSpan, make_float4(acc[4], acc[5], acc[6], acc[7]));
-      }
+      Slots::write_result(target, dim, acc);
       target.write_lse(state.lse_log2());
     }
     // All who read the line have what they need.

@@ -114,6 +114,9 @@ struct Output {
     float* lse;  // null where this part of the row does not write it
 
     __device__ __forceinline__ void write(int dim, const float4& value) const { store4(out + dim, value); }
+    __device__ __forceinline__ void write(int dim, float x, float y) const {
+      *reinterpret_cast<u32*>(out + dim) = pack2<T>(x, y);
+    }
     __device__ __forceinline__ void write_lse(float lse_log2) const {
       if (lse != nullptr) *lse = lse_log2 * kLn2;
     }
@@ -131,27 +134,29 @@ struct Output {
   }
 };
 
-// This CTA's share of the group that `tile` has ended a segment of, by `team`. `scratch`: shared memory, kMergeScratch
-// floats a warp.
-template <int kInFlight, bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ>
+// Of the group that `tile` has ended a segment of, lines `first_line` .. `end_line` - 1, by `team`. `scratch`: shared
+// memory, kMergeScratch floats a warp.
+template <int kInFlight, bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ,
+          bool kOfQuads>
 __device__ __forceinline__ void merge_share(const Team<kNumThreads>& team,
-                                            const Partials<kHeadDim, kTileQ>& partials,
+                                            const Partials<kHeadDim, kTileQ, kOfQuads>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
-                                            float* scratch) {
+                                            int first_line, int end_line, float* scratch) {
   const int num_states = tile.group.num_partials;
   // Four lanes take two states of a line, or more where there are not as many lanes. (How many lines a CTA has depends on its
   // neighbours, which must not matter for fixed splits: four states.)
   bool wide = num_states > 64;
   int parts_log2 = 30 - __clz(num_states - 1);
   if constexpr (!kFixedSplits) {
-    const int num_lines = tile.end_line - tile.first_line;
+    const int num_lines = end_line - first_line;
     wide = num_states > (num_lines == 1 ? 32 : 64 * num_lines);
     constexpr int kTeamsLog2 = kNumThreads >= 256 ? 6 : kNumThreads >= 128 ? 5 : kNumThreads >= 64 ? 4 : 3;
     static_assert(kNumThreads == 4 << kTeamsLog2);
     parts_log2 = min(parts_log2 + 1, kTeamsLog2 - 32 + __clz(num_lines - 1));
   }
-  const GroupStates<Partials<kHeadDim, kTileQ>> states{tile.group, wide ? 3 : min(max(parts_log2, 0), 3)};
-  merge_lines<kInFlight>(team, partials, states, wide, tile.first_line, tile.end_line, scratch,
+  const GroupStates<Partials<kHeadDim, kTileQ, kOfQuads>> states{tile.group,
+                                                                 wide ? 3 : min(max(parts_log2, 0), 3)};
+  merge_lines<kInFlight>(team, partials, states, wide, first_line, end_line, scratch,
                          [&](int row, int dim) { return output.row_at(tile, row, dim); });
 }
 
@@ -160,37 +165,51 @@ template <int kInFlight, bool kFixedSplits, int kNumThreads, typename T, int kHe
 __device__ __forceinline__ void merge_share(const Team<kNumThreads>&,
                                             const FlaggedPartials<kHeadDim, kTileQ>& partials,
                                             const Output<T, kTileQ>& output, const TileInfo& tile,
-                                            float* scratch) {
+                                            int first_line, int end_line, float* scratch) {
   static_assert(!kFixedSplits);
-  if (tile.first_line >= tile.end_line) return;
-  merge_flagged_lines<kNumThreads>(partials, tile.group, tile.first_line, tile.end_line,
+  if (first_line >= end_line) return;
+  merge_flagged_lines<kNumThreads>(partials, tile.group, first_line, end_line,
                                    reinterpret_cast<unsigned char*>(scratch),
                                    [&](int row, int dim) { return output.row_at(tile, row, dim); });
 }
 
-// The shares of a CTA that have several sharers, one after the other; `merge_one(share)` does one.
-template <typename MergeOne>
-__device__ __forceinline__ void merge_in_turn(const TileInfo (&shares)[2], const MergeOne& merge_one) {
+// How the shares of a CTA are merged: what each half of its threads does one of, so that it waits for memory once, not
+// twice. (Sums with fixed splits must not depend on neighbours.)
+enum class Halves {
+  kNone,
+  kOfShares,  // where there are two
+  kOfLines,   // where a share is two lines of many states
+};
+
+// The shares of a CTA that have several sharers, by threads 0 .. kThreads - 1.
+template <int kInFlight, int kThreads, bool kFixedSplits, Halves kHalves, typename Slots, typename T,
+          int kTileQ>
+__device__ __forceinline__ void merge_shares(const Slots& partials, const Output<T, kTileQ>& output,
+                                             const TileInfo (&shares)[2], float* scratch) {
+  const auto merge_half = [&](const auto& share, int first_line, int end_line) {  // used or not even compiled
+    const auto team = half_of_threads<kThreads>();
+    merge_share<kInFlight, kFixedSplits>(team, partials, output, share, first_line, end_line,
+                                         scratch + team.half * team.kWarps * kMergeScratch);
+  };
+  const int half = half_of_threads<kThreads>().half;
+  if constexpr (kHalves == Halves::kOfShares) {
+    if (shares[0].num_sharers > 1 && shares[1].num_sharers > 1) {
+      return merge_half(shares[half], shares[half].first_line, shares[half].end_line);
+    }
+  }
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
-    if (shares[i].num_sharers > 1) merge_one(shares[i]);
+    const TileInfo& share = shares[i];
+    if (share.num_sharers <= 1) continue;
+    if constexpr (kHalves == Halves::kOfLines) {
+      if (share.end_line - share.first_line == 2 && share.group.num_partials > kThreads / 4) {
+        merge_half(share, share.first_line + half, share.first_line + half + 1);
+        continue;
+      }
+    }
+    merge_share<kInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, share, share.first_line,
+                                         share.end_line, scratch);
   }
-}
-// The same by threads 0 .. kThreads - 1. Of two shares each half of them does one: then it waits
-// for memory once, not twice. (But sums with fixed splits must not depend on whether there are two.)
-template <int kInFlight, int kThreads, bool kFixedSplits, typename T, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void merge_side_by_side(const Partials<kHeadDim, kTileQ>& partials,
-                                                   const Output<T, kTileQ>& output,
-                                                   const TileInfo (&shares)[2], float* scratch) {
-  if (!kFixedSplits && shares[0].num_sharers > 1 && shares[1].num_sharers > 1) {
-    const auto team = half_of_threads<kThreads>();
-    merge_share<kInFlight, kFixedSplits>(team, partials, output, shares[team.half],
-                                         scratch + team.half * team.kWarps * kMergeScratch);
-    return;
-  }
-  merge_in_turn(shares, [&](const TileInfo& share) {
-    merge_share<kInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, share, scratch);
-  });
 }
 
 // What a run leaves to its end, in shared memory.

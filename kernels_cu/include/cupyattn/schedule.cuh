@@ -43,6 +43,8 @@
 
 namespace cupyattn {
 
+constexpr int kMostKeys = 1 << 20;  // that are believed of a request before the kernel before is done
+
 // What of a step decides the work: the same on every CTA. What follows takes a cascade's too (cascade.cuh), where
 // requests are the groups of all levels.
 struct Problem {
@@ -50,8 +52,9 @@ struct Problem {
   static constexpr int group_overhead = 0;  // see CascadeProblem
 
   PageTable pages;
-  const int* qo_indptr;  // [batch_size + 1], or null: one query token a request
-  const int* kv_lens;    // [batch_size]
+  int num_table_entries;  // of kv_indices, to prefetch, and to be guessed from
+  const int* qo_indptr;   // [batch_size + 1], or null: one query token a request
+  const int* kv_lens;     // [batch_size]
   int batch_size;
   int num_kv_heads;
   Divisor group_size;  // query heads per KV head
@@ -81,7 +84,7 @@ struct Problem {
   // Asks L2 for what begin_run reads first, and for all page ids: `num_table_entries` lie in one piece. Nothing is read,
   // so the kernel before may still be writing it.
   template <int kThreads>
-  __device__ __forceinline__ void prefetch(int num_table_entries) const {
+  __device__ __forceinline__ void prefetch() const {
     constexpr int kLine = 32;  // entries of a 128-byte line
     const i64 entry = (static_cast<i64>(blockIdx.x) * kThreads + threadIdx.x) * kLine;
     if (entry < num_table_entries) prefetch_l2(pages.kv_indices + entry);
@@ -90,6 +93,19 @@ struct Problem {
       if (pages.kv_indptr != nullptr) prefetch_l2(pages.kv_indptr + threadIdx.x);
       if (qo_indptr != nullptr) prefetch_l2(qo_indptr + threadIdx.x);
     }
+  }
+  // For guess_run: whether there is no more than one request a thread, and sums of up to 2^16 tiles each fit into 32 bits;
+  // whether a request may be what memory says; whether an entry of its table may be looked at.
+  template <int kThreads, int kTileQ>
+  __device__ __forceinline__ bool can_be_guessed() const {
+    return batch_size <= min(kThreads, 128) && qo_indptr == nullptr && num_kv_heads * group_size.value < 256;
+  }
+  template <typename Request>
+  __device__ __forceinline__ bool is_likely(const Request& request) const {
+    return request.kv_len <= kMostKeys;
+  }
+  __device__ __forceinline__ bool has_entry(int b, const int* entry) const {
+    return static_cast<u64>(entry - pages.kv_indices) < num_table_entries;
   }
   // Whether begin_run writes what the kernel before may still read.
   __device__ __forceinline__ bool writes_first() const { return false; }
@@ -487,48 +503,39 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   return true;
 }
 
-template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
-__device__ __forceinline__ bool begin_run(const Problem& problem,
-                                          Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
-                                          Partition& partition, bool in_pairs = false) {
-  const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>> own(problem, Int<kThreads>(), false);
-  return begin_run<kThreads>(problem, own, cursor, partition, in_pairs, blockIdx.x, gridDim.x);
-}
-
 // What guess_run has found; kGuessed: while the kernel before was still running, and that is true now, too.
 enum Beginning { kNoRun, kFound, kGuessed };
 
 // begin_run, of lengths and tables as they are before the kernel before is done, which may still change them; when it
 // is, each thread reads again what it has read, and if that differs for any, the run is found anew. In between,
 // `ask_for_keys()` asks L2 for the first keys of a run that is found in what may be anything; `look_again()` begins to
-// read where it has read. With `reads_early` nothing is changed (launch.cuh), so nothing is guessed.
-template <int kThreads, bool kGuesses, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost,
-          typename Problem, typename AskForKeys, typename LookAgain>
+// read where it has read. With `reads_early` nothing is changed (launch.cuh), so nothing is guessed; with kAsksEarly, keys
+// are asked for in longer runs (in short ones all do that as soon as they know where).
+template <int kThreads, bool kGuesses, bool kAsksEarly, int kTileKV, int kTileQ, bool kFixedSplits,
+          bool kQTilesOutermost, typename Problem, typename AskForKeys, typename LookAgain>
 __device__ __forceinline__ Beginning
 guess_run(const Problem& problem, bool reads_early,
           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor, Partition& partition,
           const AskForKeys& ask_for_keys, const LookAgain& look_again, bool in_pairs, int cta, int max_ctas) {
-  constexpr int kMostKeys =
-      1 << 21;  // that are believed: with 256 heads and requests, sums of anything fit into 32 bits
-  bool guesses = false;
-  if constexpr (kGuesses && !kFixedSplits && !Problem::kIsCascade) {
-    guesses = !reads_early && problem.batch_size <= min(kThreads, 128) && problem.qo_indptr == nullptr &&
-              problem.num_kv_heads * problem.group_size.value < 256;
-  }
-  if (!guesses && (!reads_early || problem.writes_first())) wait_for_predecessor();
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
   using Own = OwnRequest<OneRequest>;
+  constexpr int kLongRun = 5;  // tiles
+  static_assert(kMostKeys / kTileKV <= 1 << 16);
+  constexpr bool kAsks = kGuesses && !kFixedSplits;
+  bool guesses = false;
+  if constexpr (kAsks) guesses = !reads_early && problem.template can_be_guessed<kThreads, kTileQ>();
+  if (!guesses && (!reads_early || problem.writes_first())) wait_for_predecessor();
   Own own(problem, Int<kThreads>(), guesses);
 #pragma unroll 1
   while (true) {  // twice at most, as the code is long
-    if (guesses && own.request.kv_len > kMostKeys) {
-      own.request = OneRequest(own.request.qo_begin, own.request.qo_len, 0, problem.window_left);
-    }
+    if (guesses && !problem.is_likely(own.request)) own.request = OneRequest(0, 0, 0, -1);
     const bool has_run = begin_run<kThreads>(problem, own, cursor, partition, in_pairs, cta, max_ctas);
+    if (has_run && kAsks && (guesses || (kAsksEarly && reads_early && partition.quota >= kLongRun)))
+      ask_for_keys();
     if (!guesses) return has_run ? kFound : kNoRun;
-    if (has_run) ask_for_keys();
     wait_for_predecessor();
-    const Own now(problem, Int<kThreads>(), true);
+    // A cascade's by L1, which then has what it will read of the next groups, behind its copies.
+    const Own now(problem, Int<kThreads>(), !Problem::kIsCascade);
     look_again();
     const bool was_wrong = !now.is(own);
     if (!__syncthreads_or(was_wrong)) return has_run ? kGuessed : kNoRun;
@@ -536,5 +543,46 @@ guess_run(const Problem& problem, bool reads_early,
     guesses = false;
   }
 }
+
+// Where one of a tile's rows of keys lies, which a thread finds before the copy of the tile starts.
+struct FoundRow {
+  int page;
+  int token;                   // of the page
+  const int* entry = nullptr;  // of the table, of a guess
+
+  // Returns the entry that says which page it is.
+  __device__ __forceinline__ const int* find(const Divisor& page_size, const int* pages,
+                                             int token_in_request) {
+    const int page_in_request = page_size.divide(token_in_request);
+    token = page_size.modulo(token_in_request, page_in_request);
+    return pages + page_in_request;
+  }
+
+  // For guess_run, row `row` of the first tile, and with `ask()`, to ask L2 for it where it may be said to be one of the
+  // cache, that of the first `num_tiles`.
+  template <int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem, typename Ask>
+  __device__ __forceinline__ void guess(const Problem& problem,
+                                        const Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& run,
+                                        const Divisor& page_size, int num_pages, int row, int num_tiles,
+                                        const Ask& ask) {
+    int first_page = 0;
+    int first_token = 0;
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const int token_in_request = run.token_begin() + tile * kTileKV + row;
+      if (token_in_request >= run.request.kv_len) break;
+      const int* at = find(page_size, run.pages, token_in_request);
+      if (!problem.has_entry(run.request_idx, at)) break;
+      page = load_from_l2(at);
+      if (tile == 0) entry = at, first_page = page, first_token = token;
+      if (static_cast<u32>(page) < num_pages && static_cast<u32>(token) < page_size.value) ask();
+    }
+    page = first_page;
+    token = first_token;
+  }
+  __device__ __forceinline__ void look_again() {
+    if (entry != nullptr) page = load_from_l2(entry);
+  }
+};
 
 }  // namespace cupyattn

@@ -76,7 +76,8 @@ __device__ __forceinline__ void mbarrier_arrive_at(u32 smem_barrier, u32 rank) {
 }
 // For what both CTAs of a cluster access.
 __device__ __forceinline__ void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
-// All threads of the cluster that have not exited. `relaxed`: after fence_mbarrier_init, to tell of nothing else.
+// A barrier of all threads of the cluster that have not exited: each arrives, and later waits. `relaxed` tells the other CTA
+// of nothing but what fence_mbarrier_init has.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
