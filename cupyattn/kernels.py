@@ -29,8 +29,6 @@ _STATIC_SHARED_BYTES = 2 * _KiB  # at most: what a kernel declares with a fixed 
 _PAIR_TILES_PER_SM = 8
 #: The same, from which on KV heads come in parts.
 _PART_TILES_PER_SM = 16
-#: The same, up to which tiles have 16 query rows instead of 32.
-_HALVED_TILES_PER_SM = 20
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,12 @@ def decode_config(
     arch : str
     head_dim : int
     rows : int
-        Query rows (query tokens x group size) per KV head. Up to 32 (16 where head_dim > 128), all warps share
-        them and split the keys; with more, each warp takes rows of its own.
+        Query rows (query tokens x group size) per KV head. Up to 8, all warps share them and split the keys; up to 32
+        (16 where head_dim > 128), two warps do, or all four; with more, each warp takes rows of its own.
     num_tiles : int, optional
         Tiles of 64 keys that all KV heads of all requests have room for. If they are so few that even with fewer rows
         a tile all would be worked on at once, tiles have 16 rows; or 8, if there is an SM for each. The keys are then
-        read several times, but a CTA is done sooner, and that is what such a step waits for. Instead of 32 rows tiles
-        have 16, for the same reason, up to a larger number: two of them take less time than one, while L2 keeps up.
+        read several times, but a CTA is done sooner, and that is what such a step waits for.
     num_sms : int
         Matters with `num_tiles` only.
     has_pairs : bool
@@ -113,7 +110,8 @@ def decode_config(
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
     head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
-    is the fastest; with head_dim 64 and up to 8 rows it is 4 x 3. bench/NOTES.md has the times.
+    is the fastest with up to 8 rows, 2 x 2 with more; with head_dim 64 and up to 8 rows it is 4 x 3. bench/NOTES.md has
+    the times.
     """
     if has_pairs and rows <= 8 and (num_tiles or 0) >= _PAIR_TILES_PER_SM * num_sms:
         pairs = _pair_config(arch, head_dim)
@@ -126,18 +124,22 @@ def decode_config(
             num_units = num_tiles * (64 // config.tile_kv) * -(-rows // config.tile_q)
             if config.tile_q < rows and num_units <= at_once:
                 return config
-        if 16 < rows <= 32 and 64 < head_dim <= 128 and num_tiles <= _HALVED_TILES_PER_SM * num_sms:
-            return decode_config(arch, head_dim, 16)
     per_sm = shared_bytes_per_sm(arch)
-    if rows <= 16 or (rows <= 32 and head_dim <= 128):
-        row_blocks = 4 if rows > 16 else -(-rows // 8)
+    stages = (4, 3, 2)
+    if rows <= 8 or (rows <= 16 and not 64 < head_dim <= 128):
+        row_blocks = -(-rows // 8)
         shapes = ((1, row_blocks, 4, 64), (1, row_blocks, 2, 32))
+    elif rows <= 32 and head_dim <= 128:
+        row_blocks = -(-rows // 16)
+        shapes = ((2, row_blocks, 2, 64), (2, row_blocks, 1, 32))
+        if rows <= 16:
+            stages = (2,)
     else:
         row_blocks = 2 if head_dim <= 128 else 1  # of 16 rows x 256 columns, registers would spill
         shapes = ((4, row_blocks, 1, 64), (2, row_blocks, 1, 32))
     # With 8 rows x 64 columns there are registers for 4 CTAs.
     ctas_and_stages = [(4, 3)] if rows <= 8 and head_dim <= 64 else []
-    ctas_and_stages += itertools.product((2, 1), (4, 3, 2))
+    ctas_and_stages += itertools.product((2, 1), stages)
     for shape, (num_ctas, num_stages) in itertools.product(shapes, ctas_and_stages):
         config = DecodeConfig(*shape, num_stages, num_ctas)
         if config.shared_bytes_per_sm(head_dim) <= per_sm:
@@ -194,7 +196,7 @@ def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
 
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
-_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.15, 1.15), 64: (1.2, 1.0)}
+_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0)}
 _MLA_TILE_COSTS = {16: (1.0, 1.0), 32: (1.2, 1.15), 64: (1.5, 1.35)}
 
 

@@ -112,11 +112,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const Divisor group{group_size, group_multiplier, group_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(kUsesWgmma ? 1024 : 128) unsigned char smem[];
-  constexpr int kMostNotes =
-      kTileQ == 32 ? kThreads / 2 : kThreads;  // there, shared memory is needed elsewhere
-  __shared__ Problem::Note smem_notes[kIsCascade ? 1 : kMostNotes];
+  __shared__ Problem::Note smem_notes[kIsCascade ? 1 : kThreads];
   const auto problem =
-      problem_of(departures, smem, smem_notes, kMostNotes, PageTable{kv_indptr, kv_indices, table_row_stride},
+      problem_of(departures, smem, smem_notes, kThreads, PageTable{kv_indptr, kv_indices, table_row_stride},
                  num_table_entries, qo_indptr, kv_lens, batch_size, num_kv_heads, group, window_left,
                  split_shift, max_splits, cascade...);
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
@@ -127,15 +125,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
   constexpr int kQueryBytes = kTileQ * QueryLayout::kRowBytes;
-  // The warps' states at the end of a segment take the place of its last tile, in as many passes as they need. A
-  // thread stores rows 2t and 2t + 1 of dimension g: XOR, or 4 more floats a row, spreads a warp's stores over all
-  // banks.
+  // The warps' states at the end of a segment take the place of its last tile. A thread stores rows 2t and 2t + 1 of
+  // dimension g: XOR, or 4 more floats a row, spreads a warp's stores over all banks.
   constexpr int kScratchRow = Layout::kSwizzled ? kHeadDim : kHeadDim + 4;  // floats
-  constexpr int kPasses = ceil_div(kWarps * kWarpRows * kScratchRow * 4, 2 * kTileBytes);
-  constexpr int kPassBlocks = kRowBlocks / kPasses;
-  constexpr int kPassRows = 8 * kPassBlocks;  // of a warp
-  static_assert(kRowBlocks % kPasses == 0, "passes are equal");
-  static_assert(kPasses == 1 || (kWarpsQ == 1 && kHeads == 1), "a pass has neighbouring rows");
+  static_assert(kWarps * kWarpRows * kScratchRow * 4 <= 2 * kTileBytes);
   const auto scratch_at = [&](int row, int dim) {
     return row * kScratchRow + (Layout::kSwizzled ? dim ^ (row / 2 % 4 * 8) : dim);
   };
@@ -722,69 +715,61 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
             smem_states[warp * kWarpRows + block * 8 + quad_col + column] = make_float2(own.max, own.sum);
           }
         }
+      __syncthreads();  // all warps are done with the tile
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        __syncthreads();  // all warps are done with the tile, or with the rows before
+      for (int block = 0; block < kRowBlocks; ++block)
 #pragma unroll
-        for (int block = 0; block < kPassBlocks; ++block)
+        for (int step = 0; step < kDimSteps; ++step)
 #pragma unroll
-          for (int step = 0; step < kDimSteps; ++step)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              // scratch_at(row, step * 16 + i / 2 * 8 + quad_row), from one register
-              const int begin = scratch_at(warp * kPassRows + quad_col, quad_row);
-              const int dim = step * 16 + i / 2 * 8;
-              const int in_row = Layout::kSwizzled ? (begin ^ dim % 32) + dim / 32 * 32 : begin + dim;
-              smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] =
-                  acc[step][pass * kPassBlocks + block][i];
-            }
-        __syncthreads();
-        constexpr u32 kVecs = partials.kRowVecs;
-        const int pass_row = pass * kPassRows;
-        const u32 num_vecs = max(min(num_rows - pass_row, kPassRows * kWarpsQ), 0) * kVecs;
+          for (int i = 0; i < 4; ++i) {
+            // scratch_at(row, step * 16 + i / 2 * 8 + quad_row), from one register
+            const int begin = scratch_at(warp * kWarpRows + quad_col, quad_row);
+            const int dim = step * 16 + i / 2 * 8;
+            const int in_row = Layout::kSwizzled ? (begin ^ dim % 32) + dim / 32 * 32 : begin + dim;
+            smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] = acc[step][block][i];
+          }
+      __syncthreads();
+      constexpr u32 kVecs = partials.kRowVecs;
+      const u32 num_vecs = num_rows * kVecs;
 #pragma unroll 1
-        for (u32 i = tid; (i & ~31u) < num_vecs; i += kThreads) {
-          const bool exists = i < num_vecs;
-          const u32 row = exists ? i / kVecs : 0;
-          const u32 vec = i % kVecs;
-          const u32 dim = partials.first_dim(vec);
-          const bool has_more = partials.has_more(dim);
-          // A warp's is kWarpRows, or of what is in the scratch memory kPassRows, after the last one's.
-          const u32 first_warp = row / kPassRows * kWarpsKV;
-          const u32 in_warp = slot_of_row(row % kPassRows);
-          const float2* states = smem_states + first_warp * kWarpRows + pass_row + in_warp;
-          const float* rows = smem_scratch + scratch_at(first_warp * kPassRows + in_warp, dim);
-          const float* more =
-              smem_scratch + scratch_at(first_warp * kPassRows + in_warp, dim + partials.kSpan);
-          float2 theirs[kWarpsKV];
-          SoftmaxState merged;
+      for (u32 i = tid; (i & ~31u) < num_vecs; i += kThreads) {
+        const bool exists = i < num_vecs;
+        const u32 row = exists ? i / kVecs : 0;
+        const u32 vec = i % kVecs;
+        const u32 dim = partials.first_dim(vec);
+        const bool has_more = partials.has_more(dim);
+        // A warp's is kWarpRows after the last one's.
+        const u32 first = row / kWarpRows * kWarpsKV * kWarpRows + slot_of_row(row % kWarpRows);
+        const float2* states = smem_states + first;
+        const float* rows = smem_scratch + scratch_at(first, dim);
+        const float* more = smem_scratch + scratch_at(first, dim + partials.kSpan);
+        float2 theirs[kWarpsKV];
+        SoftmaxState merged;
 #pragma unroll
-          for (int w = 0; w < kWarpsKV; ++w) {
-            theirs[w] = states[w * kWarpRows];
-            merged.max = fmaxf(merged.max, theirs[w].x);
-          }
-          float4 first = {};
-          float4 second = {};
+        for (int w = 0; w < kWarpsKV; ++w) {
+          theirs[w] = states[w * kWarpRows];
+          merged.max = fmaxf(merged.max, theirs[w].x);
+        }
+        float4 low = {};
+        float4 high = {};
 #pragma unroll
-          for (int w = 0; w < kWarpsKV; ++w) {
-            static_assert(kPassRows % 8 == 0, "swizzled as the first warp's");
-            const float weight = merged.weight(theirs[w].x);
-            merged.sum += weight * theirs[w].y;
-            first += *reinterpret_cast<const float4*>(rows + w * kPassRows * kScratchRow) * weight;
-            if (has_more) {
-              second += *reinterpret_cast<const float4*>(more + w * kPassRows * kScratchRow) * weight;
-            }
+        for (int w = 0; w < kWarpsKV; ++w) {
+          static_assert(kWarpRows % 8 == 0, "swizzled as the first warp's");
+          const float weight = merged.weight(theirs[w].x);
+          merged.sum += weight * theirs[w].y;
+          low += *reinterpret_cast<const float4*>(rows + w * kWarpRows * kScratchRow) * weight;
+          if (has_more) {
+            high += *reinterpret_cast<const float4*>(more + w * kWarpRows * kScratchRow) * weight;
           }
-          const float inverse = merged.inverse_sum();
-          if (!is_complete) {
-            partials.write(tile.state_row + pass_row + row, vec, first, second, inverse, merged.lse_log2(),
-                           exists);
-          } else if (exists) {
-            const auto target = result_at(pass_row + row, dim);
-            target.write(0, first * inverse);
-            if (has_more) target.write(partials.kSpan, second * inverse);
-            target.write_lse(merged.lse_log2());
-          }
+        }
+        const float inverse = merged.inverse_sum();
+        if (!is_complete) {
+          partials.write(tile.state_row + row, vec, low, high, inverse, merged.lse_log2(), exists);
+        } else if (exists) {
+          const auto target = result_at(row, dim);
+          target.write(0, low * inverse);
+          if (has_more) target.write(partials.kSpan, high * inverse);
+          target.write_lse(merged.lse_log2());
         }
       }
     }

@@ -61,12 +61,24 @@ def test_small_steps_have_tiles_of_fewer_rows():
 
     assert [tile_q(rows, 10**6) for rows in (1, 8, 9, 16, 17, 32, 33)] == [8, 8, 16, 16, 32, 32, 64]
     assert [tile_q(32, num_tiles) for num_tiles in (33, 34)] == [8, 16]  # 4 x 33 = 132 SMs
-    assert [tile_q(17, num_tiles) for num_tiles in (20 * 132, 20 * 132 + 1)] == [16, 32]
+    assert [tile_q(17, num_tiles) for num_tiles in (132, 133)] == [16, 32]  # 2 CTAs an SM
     assert [tile_q(32, num_tiles, 64) for num_tiles in (132, 264, 265)] == [16, 32, 32]
     assert [tile_q(16, num_tiles) for num_tiles in (66, 67)] == [8, 16]
     assert [tile_q(64, num_tiles) for num_tiles in (16, 17, 66, 67)] == [8, 16, 16, 64]
     assert [tile_q(32, num_tiles, 256) for num_tiles in (33, 34, 133)] == [8, 16, 32]
     assert tile_q(8, 1) == tile_q(1, 1) == 8
+
+
+def test_warps_have_rows_of_their_own_from_nine_or_from_17_on():
+    def shape(rows, head_dim=128):
+        config = kernels.decode_config("sm_90a", head_dim, rows)
+        return config.warps_q, config.row_blocks, config.warps_kv, config.num_stages, config.ctas_per_sm
+
+    assert [shape(rows) for rows in (8, 9, 17, 33)] == [
+        (1, 1, 4, 3, 2), (2, 1, 2, 2, 2), (2, 2, 2, 2, 2), (4, 2, 1, 2, 2)
+    ]  # fmt: skip
+    assert [shape(rows, 64) for rows in (9, 17)] == [(1, 2, 4, 4, 2), (2, 2, 2, 4, 2)]
+    assert [shape(rows, 256) for rows in (9, 17)] == [(1, 2, 4, 3, 1), (4, 1, 1, 2, 1)]
 
 
 def test_large_steps_have_tiles_of_two_kv_heads():
