@@ -243,10 +243,12 @@ def test_shapes_for_cascades():
         return kernels.cascade_config("sm_90a", 128, levels).tile_q
 
     assert tile_q((129, 512), (320, 8)) == 64  # 64 x (8192 + 256), 8/1: nearly all is shared
-    assert tile_q((147, 248), (7230, 8)) == 16  # the tool-agent batch: nearly nothing is
+    assert tile_q((147, 248), (7230, 8)) == 32  # the tool-agent batch: nearly nothing is
+    assert tile_q((147, 31), (7230, 1)) == 32  # the same, 32/32
     assert tile_q((33, 256), (768, 1)) == 64  # 256 x (2048 + 128), 8/8
-    assert tile_q((9, 64), (84, 4)) == 16  # 16 x (512 + 256), 32/8
+    assert tile_q((9, 64), (84, 4)) == 32  # 16 x (512 + 256), 32/8
     assert tile_q((63, 8), (24, 1)) == 16  # one tile of rows has all
+    assert tile_q((63, 17), (24, 1)) == 32
     mla = kernels.mla_sm90_cascade_config
     assert mla([(128, 2048), (1024, 16)], 132).tile_q == 64  # 128 x (8192 + 512), 16 heads
     assert mla([(9, 512), (6326, 16)], 132).tile_q == 16
