@@ -107,7 +107,7 @@ def store(plans: PlanCache[AppendPlan], operands: tuple[Any, ...], rope: Rope | 
         raise TypeError(f"{plans.caller}: pages must be a PageTable, got {type(pages).__name__}")
     if rope is not None and not isinstance(rope, Rope):
         raise TypeError(f"{plans.caller}: rope must be a Rope, got {type(rope).__name__}")
-    plan, pointers = plans.find(operands, (rope,))
+    plan, pointers, _ = plans.find(operands, (rope,))
     if validate:
         cache = as_cache(cache)
         checks.validate_pages(
@@ -203,7 +203,7 @@ class AppendPlan(Plan):
         """Store the rows, in NumPy."""
         raise NotImplementedError
 
-    def _run(self, operands: tuple[Any, ...], pointers: tuple[int, ...], options: Any) -> Any:
+    def _run(self, operands: tuple[Any, ...], pointers: tuple[int, ...]) -> Any:
         _, _, _, q, q_out, qo_indptr, pages = operands
         if q is not None and q_out is None:
             q_out = self.xp.empty(q.shape, q.dtype)

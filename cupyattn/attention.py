@@ -11,9 +11,12 @@ from cupyattn import checks, kernels, runs
 from cupyattn.cache import PageTable, as_cache
 from cupyattn.plan import Plan, PlanCache, flatten
 from cupyattn.runs import Runs, as_split_size, check_options
+from cupyattn.runtime.launch import BoundLaunch
 
 TABLES = ("kv_indptr", "kv_indices", "kv_lens")
 OUTPUTS = ("out", "lse", "workspace")
+
+_MAX_LAUNCHES = 16  # kept of one place, some 2 KiB each: of several streams, or with other options
 
 Patterns: TypeAlias = dict[str, tuple[Any, str]]  # as `checks.check_arrays` takes them
 
@@ -33,7 +36,7 @@ def attend(
     pages = operands[-4]
     if not isinstance(pages, PageTable):
         raise TypeError(f"{plans.caller}: pages must be a PageTable, got {type(pages).__name__}")
-    plan, pointers = plans.find(operands, (as_split_size(plans.caller, fixed_split_size),))
+    plan, pointers, launches = plans.find(operands, (as_split_size(plans.caller, fixed_split_size),))
     if sm_scale is None:
         sm_scale = plan.sm_scale
     sm_scale, window_left, logits_soft_cap = check_options(
@@ -43,7 +46,7 @@ def attend(
         q, *_, cache, qo_indptr, _, _, _, workspace = operands
         runs.validate(plan.caller, q, as_cache(cache), pages, qo_indptr, workspace, window_left)
     options = window_left, sm_scale, logits_soft_cap, return_lse, pdl
-    out, lse = plan.run(operands, pointers, options)
+    out, lse = plan.run(operands, pointers, options, launches)
     return (out, lse) if return_lse else out
 
 
@@ -150,9 +153,18 @@ class AttentionPlan(Plan):
         operands: tuple[Any, ...],
         pointers: tuple[Any, ...],
         options: tuple[int, float, float, bool, bool],
+        launches: dict[Any, BoundLaunch],
     ) -> tuple[Any, Any]:
         out, lse, workspace = operands[-3:]
+        stream = 0
+        if self.runs is not None:
+            stream = self.current_stream().ptr
+            launch = launches.get((options, stream))
+            if launch is not None:  # as in an earlier call, where all was given
+                launch()
+                return out, lse
         window_left, sm_scale, logits_soft_cap, return_lse, pdl = options
+        all_given = out is not None and workspace is not None and (lse is not None or not return_lse)
         if out is None:
             out = self.xp.empty(self.out_shape, operands[0].dtype)
         if lse is None and return_lse:
@@ -165,11 +177,18 @@ class AttentionPlan(Plan):
             if lse is not None:
                 lse[...] = result_lse
         elif self.runs is not None:
-            self.runs(
+            arguments = (
                 (*pointers, out.data.ptr, 0 if lse is None else lse.data.ptr),
                 workspace,
                 (window_left, sm_scale, logits_soft_cap),
-                self.current_stream().ptr,
+                stream,
                 pdl,
             )
+            if all_given:
+                if len(launches) >= _MAX_LAUNCHES:
+                    launches.clear()
+                launch = launches[options, stream] = self.runs.bind(*arguments)
+                launch()
+            else:
+                self.runs.launch(*arguments)
         return out, lse

@@ -134,7 +134,7 @@ def cascade_decode(
     levels, operands = _operands("cascade_decode", q, cache, levels, out, lse, workspace)
     if is_mla and sm_scale is None:
         raise TypeError("cascade_decode: sm_scale must be a number for a PagedMLACache, got None")
-    plan, pointers = _plans(is_mla, levels.num_levels).find(operands)
+    plan, pointers, launches = _plans(is_mla, levels.num_levels).find(operands)
     if sm_scale is None:
         sm_scale = plan.sm_scale
     sm_scale, window_left, logits_soft_cap = check_options(
@@ -143,7 +143,7 @@ def cascade_decode(
     if validate:
         _validate(as_cache(operands[-6]), levels, first.shape[0], workspace, window_left)
     options = window_left, sm_scale, logits_soft_cap, return_lse, pdl
-    out, lse = plan.run(operands, pointers, options)
+    out, lse = plan.run(operands, pointers, options, launches)
     return (out, lse) if return_lse else out
 
 

@@ -83,7 +83,7 @@ def merge_states(
         raise TypeError(f"merge_states: into must be a pair (out, lse), got {type(into).__name__}")
     into_out, into_lse = (None, None) if into is None else into
     arrays = (out, lse, rest_out, rest_lse, into_out, into_lse)
-    plan, place = _plans.find(arrays, settings)
+    plan, place, _ = _plans.find(arrays, settings)
     state: tuple[Any, Any] = plan.run(arrays, place)
     return state
 
@@ -152,7 +152,7 @@ class _MergePlan(Plan):
 
 
 class _NumpyPlan(_MergePlan):
-    def _run(self, arrays: tuple[Any, ...], pointers: Any, options: Any) -> tuple[Any, Any]:
+    def _run(self, arrays: tuple[Any, ...], pointers: Any) -> tuple[Any, Any]:
         out, lse, rest_out, rest_lse, into_out, into_lse = arrays
         if self.axis is None:
             out, lse = (
@@ -213,7 +213,7 @@ class _CupyPlan(_MergePlan):
                     return False
         return True
 
-    def _run(self, arrays: tuple[Any, ...], pointers: Any, options: Any) -> tuple[Any, Any]:
+    def _run(self, arrays: tuple[Any, ...], pointers: Any) -> tuple[Any, Any]:
         cupy = self.xp
         out, lse, rest_out, rest_lse, into_out, into_lse = (
             a if a is None or i >= 4 else cupy.ascontiguousarray(a) for i, a in enumerate(arrays)

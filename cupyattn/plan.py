@@ -204,7 +204,7 @@ class Plan:
         self.check_addresses(arrays, place)
         return place
 
-    def run(self, operands: Sequence[Any], pointers: tuple[Any, ...], options: tuple[Any, ...] = ()) -> Any:
+    def run(self, operands: Sequence[Any], pointers: tuple[Any, ...], *options: Any) -> Any:
         """Do the operation with operands of this plan's signature, on their device; `pointers` are from `bind`."""
         if self.device is None:
             arrays = flatten(operands)
@@ -212,8 +212,8 @@ class Plan:
                 checks.check_writable(f"{self.caller}: {self.array_names[i]}", arrays[i])
         elif self.device != self.current_device():
             with self.xp.cuda.Device(self.device):
-                return self._run(operands, pointers, options)
-        return self._run(operands, pointers, options)
+                return self._run(operands, pointers, *options)
+        return self._run(operands, pointers, *options)
 
     def check_addresses(self, arrays: Sequence[Any], place: Sequence[int]) -> None:
         """Raise ValueError if a written array shares memory with one that it must not share it with.
@@ -227,7 +227,7 @@ class Plan:
                 name = f"{self.caller}: {self.array_names[i]}"
                 checks.check_overlap(name, arrays[i], self.array_names[j], arrays[j])
 
-    def _run(self, operands: Any, pointers: Any, options: Any) -> Any:
+    def _run(self, operands: Any, pointers: Any, *options: Any) -> Any:
         raise NotImplementedError
 
 
@@ -243,11 +243,16 @@ class PlanCache(Generic[_Plan]):
     def __init__(self, numpy_plan: type[_Plan], cupy_plan: type[_Plan] | None = None) -> None:
         self._backends = numpy_plan, cupy_plan or numpy_plan
         self._plans: dict[Any, _Plan] = {}
-        self._places: dict[Any, tuple[_Plan, tuple[Any, ...]]] = {}
+        self._places: dict[Any, tuple[_Plan, tuple[Any, ...], dict[Any, Any]]] = {}
         self.caller = numpy_plan.caller
 
-    def find(self, operands: Sequence[Any], settings: tuple[Any, ...] = ()) -> tuple[_Plan, tuple[Any, ...]]:
-        """Return the plan for these operands and (hashable) settings, which its class gets too, and what it bound."""
+    def find(
+        self, operands: Sequence[Any], settings: tuple[Any, ...] = ()
+    ) -> tuple[_Plan, tuple[Any, ...], dict[Any, Any]]:
+        """Return the plan for these operands and (hashable) settings, which its class gets too, and what it bound.
+
+        And what calls have left behind for those that come with the same again, empty at first.
+        """
         try:
             key = settings, look(operands)
             found = self._places.get(key)
@@ -258,7 +263,7 @@ class PlanCache(Generic[_Plan]):
 
     def _bind(
         self, operands: Sequence[Any], settings: tuple[Any, ...], key: tuple[Any, ...]
-    ) -> tuple[_Plan, tuple[Any, ...]]:
+    ) -> tuple[_Plan, tuple[Any, ...], dict[Any, Any]]:
         signature, place = split(operands, key)
         plan = self._plans.get((settings, signature))
         if plan is None:
@@ -266,11 +271,16 @@ class PlanCache(Generic[_Plan]):
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[settings, signature] = plan
-        found = plan, plan.bind(flatten(operands), place)
+        found: tuple[_Plan, tuple[Any, ...], dict[Any, Any]] = plan, plan.bind(flatten(operands), place), {}
         if len(self._places) >= _MAX_PLACES:
             self._places.clear()
         self._places[settings, key] = found
         return found
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._plans.clear()
+        self._places.clear()
 
     def make(self, operands: Sequence[Any], settings: tuple[Any, ...] = ()) -> _Plan:
         """Return a new plan; TypeError or ValueError if the operands do not fit."""

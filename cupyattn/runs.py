@@ -13,7 +13,7 @@ from cupyattn import checks, kernels
 from cupyattn.cache import PageTable
 from cupyattn.levels import MAX_LEVELS, CascadeLevels
 from cupyattn.runtime.device import device_properties
-from cupyattn.runtime.launch import Kernel, Launcher
+from cupyattn.runtime.launch import BoundLaunch, Kernel, Launcher
 from cupyattn.runtime.workspace import default_workspace, zeroed
 from cupyattn.schedule import choose_group_overhead
 
@@ -160,7 +160,7 @@ class Runs:
             for reads_early in (0, 1)
         ]
 
-    def __call__(
+    def launch(
         self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
     ) -> None:
         """Launch with `pointers`, those into a workspace (`workspace`, or the stream's own), and the last arguments.
@@ -169,14 +169,23 @@ class Runs:
         """
         if workspace is None:
             workspace = default_workspace(self.needed_bytes, self._kernel.device, stream)
+        self._launchers[pdl].launch_plain(self._call_arguments(pointers, workspace, options), stream)
+
+    def bind(
+        self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...], stream: int, pdl: bool
+    ) -> BoundLaunch:
+        """Return what does the same as often as it is called, `workspace` being given."""
+        return self._launchers[pdl].bind(self._call_arguments(pointers, workspace, options), stream)
+
+    def _call_arguments(
+        self, pointers: tuple[Any, ...], workspace: Any, options: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         start = workspace.data.ptr
         if self.num_structs:
             structs = pointers[-2 - self.num_structs : -2]
             pointers = (*pointers[: -2 - self.num_structs], *pointers[-2:])
             options = (*options, *structs)
-        self._launchers[pdl].launch_plain(
-            (*pointers, start + self._state_offset, start + self._flags_offset, start, *options), stream
-        )
+        return (*pointers, start + self._state_offset, start + self._flags_offset, start, *options)
 
 
 def table_arguments(pages: PageTable) -> tuple[int, int]:

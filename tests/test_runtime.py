@@ -696,6 +696,28 @@ def test_thread_without_context_gets_one(axpy: KernelSpec, fake_driver: SimpleNa
     assert fake_driver.contexts == [0]
 
 
+def test_launches_that_are_bound(axpy: KernelSpec, fake_driver: SimpleNamespace) -> None:
+    step = get_kernel("axpy", "float", 1).prepare(5, 1, shared_mem=7, arguments=[None, 1 << 41, None, None])
+    first, second = step.bind((1 << 40, -1, 0.25), 7), step.bind((1 << 42, 3, 0.5), 8)
+    first(), second(), step.launch_plain((0, 4, 1.0), 9), first()
+    one, other = ([1 << 40, 1 << 41, -1, 0.25], 7), ([1 << 42, 1 << 41, 3, 0.5], 8)
+    assert [(got.values, got.stream) for got in fake_driver.launches] == [
+        one, other, ([None, 1 << 41, 4, 1.0], 9), one
+    ]  # fmt: skip
+    assert {(got.grid, got.shared_mem) for got in fake_driver.launches} == {((5, 1, 1), 7)}
+    with pytest.raises(ValueError, match="'n', must be i64, got 18446744073709551616"):
+        step.bind((1, 1 << 64, 0.25), 7)
+    # The driver refuses, once more when it is told why; a thread without a context gets one.
+    fake_driver.status = [1, 1]
+    with pytest.raises(LaunchError, match=r"axpy<float, 1> on device 0.*grid=\(5, 1, 1\)"):
+        first()
+    fake_driver.status = [201, 201]
+    fake_driver.launches.clear()
+    first()
+    assert len(fake_driver.launches) == 3
+    assert fake_driver.contexts == [0]
+
+
 def test_replacing_a_kernel_forgets_what_was_loaded(axpy: KernelSpec, fake_driver: SimpleNamespace) -> None:
     before = get_kernel("axpy", "float", 1)
     register_kernel(axpy, replace=True)

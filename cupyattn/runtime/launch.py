@@ -2,8 +2,9 @@
 
 CuPy's own launch takes neither a cluster size nor programmatic dependent launch (PDL) and does not check
 arguments. Here everything that can be built once is built once, in :meth:`Kernel.prepare`, with the arguments that
-never change; per launch there remain one ``struct.pack_into``, one store of the stream and one foreign call. Nothing
-synchronizes or allocates on the device, so a launch can be captured into a CUDA graph.
+never change; per launch there remain one ``struct.pack_into``, one store of the stream and one foreign call; or, of
+one with the very arguments of an earlier one (:meth:`Launcher.bind`), the foreign call alone. Nothing synchronizes or
+allocates on the device, so a launch can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -292,6 +293,28 @@ class _Frame:
         self.pointers_address = ctypes.addressof(self.pointers)
 
 
+class BoundLaunch:
+    """A launch with all its arguments, on one stream, for as often as it is called. Made by `Launcher.bind`.
+
+    Nothing is written after it is made, so several threads may call it at once.
+    """
+
+    __slots__ = ("_frame", "_launch", "_launcher", "_pointers")
+
+    def __init__(self, launcher: Launcher, args: Sequence[Any], stream: int) -> None:
+        self._launcher = launcher
+        self._frame = frame = _Frame(launcher)
+        launcher.layout.pack_plain_into(frame.args, args)
+        frame.config.stream = stream
+        self._launch = driver().cuLaunchKernelEx
+        self._pointers = frame.config_address, launcher.kernel.function, frame.pointers_address, None
+
+    def __call__(self) -> None:
+        """Do as `Launcher.launch_plain` does."""
+        if self._launch(*self._pointers):
+            self._launcher.launch(self._frame)  # once more: it knows what to do, or what to say
+
+
 class Launcher:
     """A kernel with its launch configuration fixed; call it with the arguments. Made by `Kernel.prepare`.
 
@@ -352,18 +375,26 @@ class Launcher:
 
     def launch_plain(self, args: Sequence[Any], stream: int) -> None:
         """Do the same, but check neither that the kernel's device is the current one nor what types `args` have."""
-        kernel = self.kernel
         try:
             frame = self._frames.pop()
         except IndexError:  # all are in use by other threads
             frame = _Frame(self)
         self.layout.pack_plain_into(frame.args, args)
         frame.config.stream = stream
+        self.launch(frame)
+        self._frames.append(frame)
+
+    def bind(self, args: Sequence[Any], stream: int) -> BoundLaunch:
+        """Return what launches with these very arguments on that stream; they are as for `launch_plain`."""
+        return BoundLaunch(self, args, stream)
+
+    def launch(self, frame: _Frame) -> None:
+        """Launch with what a frame holds; LaunchError if the driver refuses."""
+        kernel = self.kernel
         status = self._launch(frame.config_address, kernel.function, frame.pointers_address, None)
         if status == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             kernel.make_context_current()
             status = self._launch(frame.config_address, kernel.function, frame.pointers_address, None)
-        self._frames.append(frame)
         if status:
             raise LaunchError(f"{kernel} with {self.describe()}: {_error_text(status)}")
 
