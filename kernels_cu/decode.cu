@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   constexpr int kKeysPerWarp = kTileKV / kWarpsKV;
   constexpr int kLongRun = 64;  // tiles
   // Of a merge, as there are registers: inside the loop over tiles, where fixed splits are merged, fewer than after it.
-  constexpr bool kFewRegisters = kCtasPerSM > 2 || (kFixedSplits && kTileQ == 32);
+  constexpr bool kFewRegisters = kThreads * kCtasPerSM >= 512 || (kFixedSplits && kTileQ == 32);
   constexpr int kStatesInFlight = (kFixedSplits ? 4 : 8) / (kFewRegisters ? 2 : 1);
   constexpr int kKeyBlocks = kKeysPerWarp / 16;
   constexpr int kDimSteps = kHeadDim / 16;
@@ -291,6 +291,25 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
     const int first_row = load.q_tile * kTileQ;
     const int num_rows = load.request.qo_len * group_size - first_row;
+    constexpr int kRowsAtOnce = kThreads / QueryLayout::kRowChunks;
+    if constexpr (kHeads == 1 && kHeadDim <= 128 && kTileQ > kRowsAtOnce &&
+                  kThreads % QueryLayout::kRowChunks == 0) {
+      if (load.request.qo_len == 1) {  // rows are query heads, at equal distances
+        const int row = tid / QueryLayout::kRowChunks;
+        const int chunk = tid % QueryLayout::kRowChunks;
+        const int head = (first_head + load.kv_head) * group_size + first_row + row;
+        const T* source =
+            q + problem.row_of(load.request.qo_begin) * q_stride_token + head * q_stride_head + chunk * 8;
+        const i64 step = kRowsAtOnce * q_stride_head;
+#pragma unroll
+        for (int i = 0; i < kTileQ / kRowsAtOnce; ++i) {
+          const int slot = row + i * kRowsAtOnce;
+          const bool exists = slot < num_rows;
+          cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), exists ? source + i * step : q, exists);
+        }
+        return;
+      }
+    }
 #pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
     for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
       const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
@@ -729,7 +748,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
             smem_scratch[in_row + (block * 8 + i % 2) * kScratchRow] = acc[step][block][i];
           }
       __syncthreads();
-      constexpr u32 kVecs = partials.kRowVecs;
+      // Where a thread would go through this loop several times, it has two lines of a row at once: two chains of latencies
+      // side by side.
+      constexpr u32 kLines = kHeadDim % 128 == 0 && kTileQ * partials.kRowVecs >= 2 * kThreads ? 2 : 1;
+      constexpr u32 kVecs = partials.kRowVecs / kLines;  // of a row, or of a half of its lines
       const u32 num_vecs = num_rows * kVecs;
 #pragma unroll 1
       for (u32 i = tid; (i & ~31u) < num_vecs; i += kThreads) {
@@ -737,6 +759,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const u32 row = exists ? i / kVecs : 0;
         const u32 vec = i % kVecs;
         const u32 dim = partials.first_dim(vec);
+        constexpr u32 kNextDim = partials.first_dim(kVecs);  // how much further the second line's are
+        static_assert(kLines == 1 || (kNextDim % 32 == 0 && partials.kRowDims == kHeadDim));
         const bool has_more = partials.has_more(dim);
         // A warp's is kWarpRows after the last one's.
         const u32 first = row / kWarpRows * kWarpsKV * kWarpRows + slot_of_row(row % kWarpRows);
@@ -750,25 +774,37 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
           theirs[w] = states[w * kWarpRows];
           merged.max = fmaxf(merged.max, theirs[w].x);
         }
-        float4 low = {};
-        float4 high = {};
+        float4 low[kLines] = {};
+        float4 high[kLines] = {};
 #pragma unroll
         for (int w = 0; w < kWarpsKV; ++w) {
           static_assert(kWarpRows % 8 == 0, "swizzled as the first warp's");
           const float weight = merged.weight(theirs[w].x);
           merged.sum += weight * theirs[w].y;
-          low += *reinterpret_cast<const float4*>(rows + w * kWarpRows * kScratchRow) * weight;
-          if (has_more) {
-            high += *reinterpret_cast<const float4*>(more + w * kWarpRows * kScratchRow) * weight;
+#pragma unroll
+          for (int j = 0; j < kLines; ++j) {
+            const int at = w * kWarpRows * kScratchRow + j * kNextDim;
+            low[j] += *reinterpret_cast<const float4*>(rows + at) * weight;
+            if (has_more) high[j] += *reinterpret_cast<const float4*>(more + at) * weight;
           }
         }
         const float inverse = merged.inverse_sum();
         if (!is_complete) {
-          partials.write(tile.state_row + row, vec, low, high, inverse, merged.lse_log2(), exists);
+          float x[kLines][8];
+#pragma unroll
+          for (int j = 0; j < kLines; ++j) {
+            x[j][0] = low[j].x, x[j][1] = low[j].y, x[j][2] = low[j].z, x[j][3] = low[j].w;
+            x[j][4] = high[j].x, x[j][5] = high[j].y, x[j][6] = high[j].z, x[j][7] = high[j].w;
+          }
+          partials.template write_lines<kVecs / 4>(tile.state_row + row, vec / 4, vec % 4, x, inverse,
+                                                   merged.lse_log2(), exists);
         } else if (exists) {
           const auto target = result_at(row, dim);
-          target.write(0, low * inverse);
-          if (has_more) target.write(partials.kSpan, high * inverse);
+#pragma unroll
+          for (int j = 0; j < kLines; ++j) {
+            target.write(j * kNextDim, low[j] * inverse);
+            if (has_more) target.write(j * kNextDim + partials.kSpan, high[j] * inverse);
+          }
           target.write_lse(merged.lse_log2());
         }
       }

@@ -128,7 +128,7 @@ struct Partials {
   }
 
   // The first of a lane's columns; lane `vec` of a row's kRowVecs, `vec` % 4 of a line's.
-  static __device__ __forceinline__ int first_dim(int vec) {
+  static constexpr __device__ __forceinline__ int first_dim(int vec) {
     if constexpr (kOfQuads) return vec / 4 * kLineDims + vec % 4 * 2;
     return vec / (kSpan / 4) * (2 * kSpan) + vec % (kSpan / 4) * 4;
   }
@@ -148,9 +148,9 @@ struct Partials {
     }
   }
 
-  // A lane's columns of kCount lines of a row, `lane` % 4 of each, times `factor`, which is not negative. Rows are counted
-  // over all slots. All lanes of a warp call it, whether or not theirs `exists`, but the four of a line alike.
-  template <int kCount>
+  // A lane's columns of kCount lines of a row, kStep apart, `lane` % 4 of each, times `factor`, which is not negative. Rows
+  // are counted over all slots. All lanes of a warp call it, whether or not theirs `exists`, but the four of a line alike.
+  template <int kStep = 1, int kCount>
   __device__ __forceinline__ void write_lines(int row, int first_line, int lane, const float (&x)[kCount][8],
                                               float factor, float row_lse_log2, bool exists) const {
     const auto largest_of = [&](int j, u32 lanes, auto of_finite) {
@@ -189,7 +189,7 @@ struct Partials {
         return packed != 0 ? packed : 0x80000000u;
       };
       if (!exists) continue;
-      const i64 line = static_cast<i64>(row) * kRowLines + first_line + j;
+      const i64 line = static_cast<i64>(row) * kRowLines + first_line + j * kStep;
       store_relaxed(reinterpret_cast<uint4*>(out + line * kLineDims) + lane,
                     make_uint4(word(0), word(1), word(2), word(3)));
       if (lane == 0) store_relaxed(flags + line, line_flag(row_lse_log2, reciprocal_of_power(scale)));
