@@ -21,8 +21,8 @@
 // group follows it before it adds. All threads that write or read what is told so arrive at its barrier: racecheck does
 // not follow one that arrives for its warp (as one does at the other CTA's barriers).
 //
-// Whole tiles of pages of eight tokens and more are copied in boxes (tma.cuh). Where a request has more rows than a query
-// tile, CTAs come in clusters of two, which in long runs are a *pair*, with the same keys and a query tile each: each copies
+// Whole tiles of pages of eight tokens and more are copied in boxes (tma.cuh). Where a request has several query tiles of 64
+// rows, CTAs come in clusters of two, which in long runs are a *pair*, with the same keys and a query tile each: each copies
 // half of a tile to both, or all that the SMs ask L2 for would take longer than the products. Other tiles are copied row by
 // row.
 //
@@ -367,13 +367,13 @@ __global__ void __launch_bounds__(384, 1)
       pages = load.pages;
     };
     enter(smem_load);
-    const auto find_row = [&]() {  // starts the read of the page table
-      const int row = first_copied + lane_id();
+    const auto find_row = [&](int ahead) {  // starts the read of the page table
+      const int row = ahead + first_copied + lane_id();
       if (row >= num_keys) return;
       found.page = static_cast<int>(load_early(found.find(page, pages, token_begin + row)));
     };
     if (!is_found) {
-      find_row();
+      find_row(0);
       // The first keys are on their way into L2; before the window may be any pages.
       if (first_copied + lane_id() < num_keys && (!kIsCascade || window_left < 0)) prefetch_row();
     }
@@ -457,6 +457,8 @@ __global__ void __launch_bounds__(384, 1)
         // 0 * NaN leaks. Eight lanes a row, 128 bytes at once.
         const int lane = lane_id();
         u64 address = ckv_row();
+        const u64 kpe_address = kpe_row();
+        if (tiles_left > 1) find_row(kTileKV);  // before the copies, behind which page ids would wait
         const auto is_read = [&](int row) { return row < num_keys && (!kIsCascade || row >= num_hidden); };
 #pragma unroll 2
         for (int i = lane / 8; i < 32; i += 4) {
@@ -472,7 +474,7 @@ __global__ void __launch_bounds__(384, 1)
           }
         }
         if (with_kpe) {
-          address = kpe_row();
+          address = kpe_address;
 #pragma unroll 2
           for (int i = lane / 8; i < 32; i += 4) {
             const bool exists = is_read(first_copied + i);
@@ -546,7 +548,7 @@ __global__ void __launch_bounds__(384, 1)
         --tiles_left;
         token_begin += kTileKV;
         num_keys -= kTileKV;
-        find_row();
+        if (in_boxes) find_row(0);
       } else {
         Tiles load = smem_load;
         const int tiles_before = min(load.request.num_tiles() - load.tile, load.unit_end - load.unit) - 1;
@@ -559,7 +561,7 @@ __global__ void __launch_bounds__(384, 1)
         is_last = uniform(load.done());
         if (!is_last) {
           enter(load);
-          find_row();
+          find_row(0);
         }
       }
       if (copies_queries) {
