@@ -333,7 +333,8 @@ __device__ __forceinline__ auto result_row(const CascadeProblem& problem, const 
 }
 
 // The states of rows of the result, as merge_lines asks for them. Lines are those of all rows: (token, query head) and
-// line of the row. Where a row's states lie in each level is found by its lanes together, into shared memory.
+// line of the row. Where a row's states lie in each level is found by the lanes of a line together, or, where a row has more
+// lines than a warp takes at once, for all rows of a share beforehand. It is kept in shared memory.
 template <typename Partials, typename OneRequest, int kTileQ, int kWarps>
 struct RowStates {
   // State j lies at slot_row + (j == 0 ? 1 : 2 * j) * kTileQ, as a group's first and other CTAs have slots.
@@ -343,23 +344,72 @@ struct RowStates {
   };
   static constexpr bool kClearsAtOnce = true;  // finding states again costs more
   static constexpr bool kMayBeNone = true;
-  static constexpr int kScratchBytes = kWarps * 8 * kMaxLevels * sizeof(Found);
+  static constexpr int kLinesOfWarp = 8;  // at once, at most
+  static constexpr bool kFindsAll = Partials::kRowLines > kLinesOfWarp;
+  static constexpr int kMostRows = kWarps * kLinesOfWarp;  // of a share, or it is done in several parts
+  static constexpr int kScratchBytes = kMostRows * kMaxLevels * sizeof(Found);
 
   const CascadeProblem& problem;
   const Partition& partition;
-  Found* scratch;    // [kWarps * 8][kMaxLevels]
+  Found* scratch;  // [rows of the share][num_levels], or [kWarps * kLinesOfWarp][kMaxLevels]
+  int first_row;
   int parts;         // log2
   const Found* own;  // of the line
   bool is_request;
   int num_states;
   int most_states;
 
+  // Of lines `first_line` .. `end_line` - 1.
   __device__ __forceinline__ RowStates(const CascadeProblem& problem, const Partition& partition,
-                                       int num_lines, float* scratch)
+                                       int first_line, int end_line, float* scratch)
       : problem(problem),
         partition(partition),
         scratch(reinterpret_cast<Found*>(scratch)),
-        parts(min(31 - __clz(kWarps * 8 / max(num_lines, 1) | 1), 3)) {}
+        first_row(static_cast<u32>(first_line) / Partials::kRowLines),
+        parts(min(31 - __clz(kWarps * kLinesOfWarp / max(end_line - first_line, 1) | 1), 3)) {}
+
+  // A barrier follows.
+  __device__ __forceinline__ void find_all(int end_line) const {
+    const int num_levels = problem.levels.num_levels;
+    const int end_row = static_cast<u32>(end_line + Partials::kRowLines - 1) / Partials::kRowLines;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < (end_row - first_row) * num_levels; i += kWarps * 32) {
+      const int row = i / num_levels;
+      scratch[i] = find(place_of(first_row + row), i - row * num_levels);
+    }
+  }
+
+  struct Place {
+    int token;
+    int kv_head;
+    int head;  // of the group
+  };
+  __device__ __forceinline__ Place place_of(u32 row) const {
+    const u32 group_size = problem.group_size.value;
+    const u32 num_qo_heads = problem.num_kv_heads * group_size;
+    const int token = row / num_qo_heads;
+    const u32 qo_head = row - token * num_qo_heads;
+    const int kv_head = qo_head / group_size;
+    return {token, kv_head, static_cast<int>(qo_head - kv_head * group_size)};
+  }
+  // Where a row has states in a level.
+  __device__ __forceinline__ Found find(const Place& row, int level) const {
+    const int index = problem.find(level, row.token);
+    if (index < 0) return {0, 0};
+    const Node node = problem.nodes[index];
+    const OneRequest request = problem.template noted<OneRequest>(index);
+    const int in_node = (row.token - node.qo_begin) * problem.group_size.value + row.head;
+    const int q_tile = in_node / kTileQ;
+    const int num_units = request.num_units_in_group(problem);
+    const int group_begin =
+        node.first_unit + (row.kv_head * request.num_q_tiles(problem) + q_tile) * num_units;
+    const int first_cta = partition.cta_of(group_begin + problem.group_overhead);
+    const int num_states = partition.cta_of(group_begin + num_units - 1) + 1 - first_cta;
+    const int slot_row = num_states == 1
+                             ? problem.home_of(level, row.kv_head, node.qo_begin) + in_node - kTileQ
+                             : 2 * first_cta * kTileQ + in_node % kTileQ;
+    return {slot_row, num_states};
+  }
 
   __device__ __forceinline__ int parts_log2() const { return parts; }
   __device__ __forceinline__ int count() const { return num_states; }
@@ -373,10 +423,10 @@ struct RowStates {
   __device__ __forceinline__ Lines<kCount> find_lines(int begin, int step, int line) const {
     Lines<kCount> lines;
     const int in_row = static_cast<u32>(line) % Partials::kRowLines;
-    const Found* found = own;
+    const Found* next = own;
     int first = 0;  // state of the level
     do {
-      const Found level = *found++;
+      const Found level = *next++;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const int state = min(begin + i * step, num_states - 1) - first;
@@ -395,44 +445,27 @@ struct RowStates {
   }
 
   __device__ __forceinline__ bool enter(int line, bool exists) {
-    const int lane = threadIdx.x % 32;
-    const int team_lanes = 4 << parts;
-    Found* const all = scratch + (threadIdx.x / 32 * 8 + lane / team_lanes) * kMaxLevels;
     const int num_levels = problem.levels.num_levels;
-    const u32 group_size = problem.group_size.value;
-    const u32 num_qo_heads = problem.num_kv_heads * group_size;
-    const u32 row = static_cast<u32>(line) / Partials::kRowLines;
-    const int token = row / num_qo_heads;
-    const u32 qo_head = row - token * num_qo_heads;
-    const int kv_head = qo_head / group_size;
-    __syncwarp();  // what was found before has been read
-    for (int level = lane % team_lanes; level < num_levels; level += team_lanes) {
-      Found found{0, 0};
-      const int index = problem.find(level, token);
-      if (index >= 0) {
-        const Node node = problem.nodes[index];
-        const OneRequest request = problem.template noted<OneRequest>(index);
-        const int in_node = (token - node.qo_begin) * group_size + qo_head - kv_head * group_size;
-        const int q_tile = in_node / kTileQ;
-        const int num_units = request.num_units_in_group(problem);
-        const int group_begin =
-            node.first_unit + (kv_head * request.num_q_tiles(problem) + q_tile) * num_units;
-        const int first_unit = group_begin + problem.group_overhead;
-        const int first_cta = partition.cta_of(first_unit);
-        found.num_states = partition.cta_of(group_begin + num_units - 1) + 1 - first_cta;
-        found.slot_row = found.num_states == 1
-                             ? problem.home_of(level, kv_head, node.qo_begin) + in_node - kTileQ
-                             : 2 * first_cta * kTileQ + in_node % kTileQ;
+    const int row = static_cast<u32>(line) / Partials::kRowLines;
+    if constexpr (kFindsAll) {
+      own = scratch + (row - first_row) * num_levels;
+    } else {
+      const int lane = threadIdx.x % 32;
+      const int team_lanes = 4 << parts;
+      Found* const all = scratch + (threadIdx.x / 32 * kLinesOfWarp + lane / team_lanes) * kMaxLevels;
+      const Place place = place_of(row);
+      __syncwarp();  // what was found before has been read
+      for (int level = lane % team_lanes; level < num_levels; level += team_lanes) {
+        all[level] = find(place, level);
       }
-      all[level] = found;
+      __syncwarp();
+      own = all;
     }
-    __syncwarp();
-    own = all;
     num_states = 0;
-    for (int level = 0; level < num_levels; ++level) num_states += all[level].num_states;
+    for (int level = 0; level < num_levels; ++level) num_states += own[level].num_states;
     // A request that has a single state has its result. A row that is in no request may have states too, of groups in
     // other levels: they are cleared, and nothing is written.
-    is_request = all[num_levels - 1].num_states > 0;
+    is_request = own[num_levels - 1].num_states > 0;
     exists = exists && num_states > (is_request ? 1 : 0);
     if (!exists) num_states = 0;
     most_states = __reduce_max_sync(0xffffffffu, num_states);
@@ -448,16 +481,32 @@ __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const 
                                            float* scratch) {
   const TileInfo& share = shares[0];  // all are in this one: RunEnd::add_lines
   if (share.num_sharers <= 1) return;
+  using Slots = Partials<kHeadDim, kTileQ, kOfQuads>;
   using OneRequest = Request<kTileKV, kTileQ, false>;
-  using States = RowStates<Partials<kHeadDim, kTileQ, kOfQuads>, OneRequest, kTileQ, kThreads / 32>;
+  using States = RowStates<Slots, OneRequest, kTileQ, kThreads / 32>;
   const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
   const auto find = [&](int row, int dim) {
     const int token = static_cast<u32>(row) / num_qo_heads;
     return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
   };
-  const States states(problem, partition, share.end_line - share.first_line, scratch);
-  merge_lines<8>(all_threads<kThreads>(), partials, states, false, share.first_line, share.end_line, scratch,
-                 find);
+  const auto team = all_threads<kThreads>();
+  const int end_line = share.end_line;
+  if constexpr (States::kFindsAll) {
+#pragma unroll 1
+    for (int first_line = share.first_line; first_line < end_line;) {
+      const int end_row = static_cast<u32>(first_line) / Slots::kRowLines + States::kMostRows;
+      const int end = min(end_row * Slots::kRowLines, end_line);
+      const States states(problem, partition, first_line, end, scratch);
+      states.find_all(end);
+      team.sync();
+      merge_lines<8>(team, partials, states, false, first_line, end, scratch, find);
+      first_line = end;
+      if (first_line < end_line) team.sync();  // the scratch memory is free again
+    }
+  } else {
+    const States states(problem, partition, share.first_line, end_line, scratch);
+    merge_lines<8>(team, partials, states, false, share.first_line, end_line, scratch, find);
+  }
 }
 
 }  // namespace cupyattn
