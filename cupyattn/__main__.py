@@ -200,7 +200,7 @@ def _schedule(args: argparse.Namespace) -> int:
     num_tiles = None  # with fixed splits it must not matter
     if args.fixed_split_size is None:
         num_tiles = args.num_kv_heads * sum(max(-(-n // 64), 1) for n in args.lens)
-    config = _decode_config(args, num_tiles)
+    config = _decode_config(args, num_tiles, len(args.lens))
     num_kv_heads, max_ctas = args.num_kv_heads // config.heads, config.ctas_per_sm * args.num_sms
     segments = decode_schedule(
         args.lens,
@@ -236,7 +236,7 @@ def _cascade(args: argparse.Namespace) -> int:
     is_plain = levels.num_levels == 1
     if is_plain:
         num_tiles = args.num_kv_heads * sizes[0][0]
-        config = _decode_config(args, num_tiles)
+        config = _decode_config(args, num_tiles, len(requests))
     else:
         config = cascade_config(args.arch, args.head_dim, sizes)
         num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
@@ -307,10 +307,11 @@ def _check_sizes(args: argparse.Namespace) -> int:
     return int(args.num_qo_heads // args.num_kv_heads)
 
 
-def _decode_config(args: argparse.Namespace, num_tiles: int | None) -> DecodeConfig:
+def _decode_config(args: argparse.Namespace, num_tiles: int | None, num_requests: int) -> DecodeConfig:
     """Return the shape of `decode` for a cache in NHD layout."""
     group_size, has_pairs = args.num_qo_heads // args.num_kv_heads, args.num_kv_heads % 2 == 0
-    return decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms, has_pairs)
+    num_groups = num_requests * args.num_kv_heads
+    return decode_config(args.arch, args.head_dim, group_size, num_tiles, args.num_sms, has_pairs, num_groups)
 
 
 def _sizes(args: argparse.Namespace) -> str:

@@ -229,8 +229,9 @@ class DecodePlan(AttentionPlan):
             if size is None:
                 num_tiles = cache.num_kv_heads * max_units(64, batch_size, True, 1, cache.page_size, pages)
             config = kernels.decode_config(
-                properties.arch, head_dim, rows, num_tiles, properties.num_sms, single and has_pairs(cache)
-            )
+                properties.arch, head_dim, rows, num_tiles, properties.num_sms,
+                single and has_pairs(cache), batch_size * cache.num_kv_heads,
+            )  # fmt: skip
             template = kernels.decode_template(checks.dtype_name(q), head_dim, config, size is not None)
             num_kv_heads = cache.num_kv_heads // config.heads
             num_ctas = config.ctas_per_sm * properties.num_sms

@@ -29,6 +29,13 @@ _STATIC_SHARED_BYTES = 2 * _KiB  # at most: what a kernel declares with a fixed 
 _PAIR_TILES_PER_SM = 8
 #: The same, from which on KV heads come in parts.
 _PART_TILES_PER_SM = 16
+#: The same, from which on tiles have 128 keys where that helps, by rows: a tile costs more than its keys, a CTA leaves
+#: states. Of fewer, such tiles would be dealt out less evenly.
+_WIDE_TILES_PER_SM = {8: 12, 16: 6, 32: 6}
+#: And of a request and a KV head, on average: the last tile of each is not full.
+_WIDE_TILES_PER_GROUP = 8
+#: The same, above which three stages are faster than two with up to 8 rows.
+_LONG_TILES_PER_SM = 128
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,10 @@ class DecodeConfig:
     @property
     def static_shared_bytes(self) -> int:
         """What a CTA has of fixed size, at most: with notes of requests (schedule.cuh), which cascades do without."""
-        return 1 * _KiB + 16 * self.num_threads
+        states = 8 * (
+            8 * self.row_blocks * self.num_threads // 32
+        )  # a maximum and a sum for each warp's rows
+        return 512 + states + 16 * self.num_threads
 
     def shared_bytes_per_sm(self, head_dim: int) -> int:
         """All that its CTAs take of an SM's shared memory, at most."""
@@ -86,6 +96,7 @@ def decode_config(
     num_tiles: int | None = None,
     num_sms: int = 1,
     has_pairs: bool = False,
+    num_groups: int = 1,
 ) -> DecodeConfig:
     """Choose the shape of the decode kernel. Any choice is right; this one is fast.
 
@@ -94,8 +105,8 @@ def decode_config(
     arch : str
     head_dim : int
     rows : int
-        Query rows (query tokens x group size) per KV head. Up to 8, all warps share them and split the keys; up to 32
-        (16 where head_dim > 128), two warps do, or all four; with more, each warp takes rows of its own.
+        Query rows (query tokens x group size) per KV head. Up to 8, all warps share them and split the keys; up to 32,
+        two warps do (up to 16, with head_dim > 128, all); with more, each warp takes rows of its own.
     num_tiles : int, optional
         Tiles of 64 keys that all KV heads of all requests have room for. If they are so few that even with fewer rows
         a tile all would be worked on at once, tiles have 16 rows; or 8, if there is an SM for each. The keys are then
@@ -105,13 +116,14 @@ def decode_config(
     has_pairs : bool
         Whether there is one query token a request and an even number of KV heads, each two of which have their rows
         of keys side by side, and of values. Then, if `num_tiles` are many, a tile may have the rows of two heads.
+    num_groups : int
+        Requests x KV heads, among which `num_tiles` are.
 
     Notes
     -----
     CTAs on one SM copy while others compute, stages of one CTA copy ahead. On an H100 (228 KiB an SM) with
-    head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages, 3 x 2 or 1 x 6. The first
-    is the fastest with up to 8 rows, 2 x 2 with more; with head_dim 64 and up to 8 rows it is 4 x 3. bench/NOTES.md has
-    the times.
+    head_dim 128, a tile of 64 keys is 32 KiB, and there is room for 2 CTAs x 3 stages; but 2 x 2 are faster unless runs
+    are long. bench/NOTES.md has the times.
     """
     if has_pairs and rows <= 8 and (num_tiles or 0) >= _PAIR_TILES_PER_SM * num_sms:
         pairs = _pair_config(arch, head_dim)
@@ -125,21 +137,29 @@ def decode_config(
             if config.tile_q < rows and num_units <= at_once:
                 return config
     per_sm = shared_bytes_per_sm(arch)
-    stages = (4, 3, 2)
-    if rows <= 8 or (rows <= 16 and not 64 < head_dim <= 128):
+    wide = _wide_config(arch, head_dim, rows)
+    if wide is not None and num_tiles is not None:
+        least = max(_WIDE_TILES_PER_SM[wide.tile_q] * num_sms, _WIDE_TILES_PER_GROUP * num_groups)
+        if num_tiles >= least:
+            return wide
+    if rows <= 8 or (rows <= 16 and head_dim > 128):
         row_blocks = -(-rows // 8)
         shapes = ((1, row_blocks, 4, 64), (1, row_blocks, 2, 32))
     elif rows <= 32 and head_dim <= 128:
         row_blocks = -(-rows // 16)
         shapes = ((2, row_blocks, 2, 64), (2, row_blocks, 1, 32))
-        if rows <= 16:
-            stages = (2,)
     else:
         row_blocks = 2 if head_dim <= 128 else 1  # of 16 rows x 256 columns, registers would spill
         shapes = ((4, row_blocks, 1, 64), (2, row_blocks, 1, 32))
-    # With 8 rows x 64 columns there are registers for 4 CTAs.
-    ctas_and_stages = [(4, 3)] if rows <= 8 and head_dim <= 64 else []
-    ctas_and_stages += itertools.product((2, 1), stages)
+    if head_dim <= 64:
+        # With 8 rows x 64 columns there are registers for 4 CTAs.
+        ctas_and_stages = [(4, 2) if rows <= 8 else (2, 3)]
+    elif head_dim <= 128:
+        is_long = rows <= 8 and (num_tiles or 0) > _LONG_TILES_PER_SM * num_sms
+        ctas_and_stages = [(2, 3 if is_long else 2)]
+    else:
+        ctas_and_stages = [(2, 2), (1, 2)] if rows <= 16 else []
+    ctas_and_stages += itertools.product((2, 1), (4, 3, 2))  # where there is less shared memory
     for shape, (num_ctas, num_stages) in itertools.product(shapes, ctas_and_stages):
         config = DecodeConfig(*shape, num_stages, num_ctas)
         if config.shared_bytes_per_sm(head_dim) <= per_sm:
@@ -161,18 +181,28 @@ def choose_num_parts(num_kv_heads: int, num_tiles: int, num_ctas: int, num_sms: 
     return next(parts for parts in (8, 4, 1) if num_kv_heads % parts == num_ctas % parts == 0)
 
 
+def _wide_config(arch: str, head_dim: int, rows: int) -> DecodeConfig | None:
+    """Return the shape with tiles of 128 keys, for `decode` without fixed splits, or None where others are faster."""
+    if head_dim == 64 and rows <= 16:
+        config = DecodeConfig(1, 1, 8, 128, 2, 2) if rows <= 8 else DecodeConfig(2, 1, 4, 128, 2, 2)
+    elif head_dim == 128 and 16 < rows <= 32:
+        config = DecodeConfig(2, 2, 4, 128, 2, 1)
+    else:
+        return None
+    return config if config.shared_bytes_per_sm(head_dim) <= shared_bytes_per_sm(arch) else None
+
+
 def _pair_config(arch: str, head_dim: int) -> DecodeConfig | None:
     """Return the shape for pairs of KV heads, or None where single rows are wide enough or two CTAs do not fit."""
-    for num_stages in (3, 2) if head_dim == 64 else ():
-        config = DecodeConfig(1, 2, 4, 64, num_stages, 2, heads=2)
-        if config.shared_bytes_per_sm(head_dim) <= shared_bytes_per_sm(arch):
-            return config
-    return None
+    config = DecodeConfig(1, 2, 4, 64, 2, 2, heads=2)
+    fits = config.shared_bytes_per_sm(head_dim) <= shared_bytes_per_sm(arch)
+    return config if head_dim == 64 and fits else None
 
 
 def decode_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
     """All that `decode_config` can choose."""
     configs = [decode_config(arch, head_dim, rows) for rows in (8, 16, 32, 33)]
+    configs += [decode_config(arch, head_dim, rows, _LONG_TILES_PER_SM + 1) for rows in (8, 16, 32)]
     pairs = _pair_config(arch, head_dim)
     return tuple(dict.fromkeys((*configs, pairs) if pairs is not None else configs))
 
@@ -189,9 +219,10 @@ def shared_bytes_per_sm(arch: str) -> int:
 
 def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
     for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
-        for config, fixed_splits in itertools.product(decode_configs(arch, head_dim), (False, True)):
-            if config.heads == 1 or not fixed_splits:
-                yield decode_template(dtype, head_dim, config, fixed_splits)
+        for config in decode_configs(arch, head_dim):
+            yield decode_template(dtype, head_dim, config)
+        for config in dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (8, 16, 32, 33)):
+            yield decode_template(dtype, head_dim, config, True)
 
 
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
@@ -308,7 +339,7 @@ class MLASm90Config:
     is_cascade: bool = False
     num_threads: ClassVar[int] = 384
     tile_kv: ClassVar[int] = 64
-    group_overhead: ClassVar[int] = 2
+    group_overhead: ClassVar[int] = 4
 
     @property
     def flags_states(self) -> bool:
@@ -324,8 +355,10 @@ class MLASm90Config:
 MLA_SM90_CONFIGS = tuple(MLASm90Config(tile_q) for tile_q in (16, 32, 64))
 
 
-def mla_sm90_config(rows: int, num_tiles: int, num_sms: int, num_requests: int = 0) -> MLASm90Config | None:
-    """Choose the shape of the kernel of mla_sm90.cu, or None where that of mla.cu is faster.
+def mla_sm90_config(
+    rows: int, num_tiles: int, num_sms: int, num_requests: int = 0
+) -> MLAConfig | MLASm90Config:
+    """Choose the shape of the kernel of mla_sm90.cu, or of that of mla.cu where this is faster.
 
     Parameters
     ----------
@@ -339,30 +372,41 @@ def mla_sm90_config(rows: int, num_tiles: int, num_sms: int, num_requests: int =
 
     Notes
     -----
-    With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on both sides.
-    With 17 to 64 rows, in tiles of 32, that is where requests have up to 16 tiles of keys (of more, it would have more
-    to merge), and CTAs two of its tiles, of 32 keys. (What a table has room for may be a tile more for each request.)
+    With few rows and tiles, mla.cu has the shorter way from start to end; bench/NOTES.md has the times on all sides.
+    That is worth reading keys again for each 16 rows (from L2, mostly) where a CTA gets up to three of its tiles, of 32
+    keys. With 17 to 64 rows it is still faster, in tiles of 32, where requests have up to 16 tiles of 64 keys (of more,
+    it would have more to merge), and CTAs two of its own. Where CTAs would get one tile with 64 rows, and leave large
+    states, they get two with 32. (What a table has room for may be a tile more for each request.)
     """
-    if rows <= 16 and num_tiles <= 9 * num_sms // 4:
-        return None
-    if rows <= 64 and num_tiles <= 17 * num_requests and num_tiles * -(-rows // 32) <= 5 * num_sms // 4:
-        return None
+    if rows <= 16:
+        if num_tiles <= 9 * num_sms // 4:
+            return mla_config("sm_90a", 16)
+    elif num_requests > 0:
+        num_units = {tile_q: num_tiles * -(-rows // tile_q) for tile_q in (16, 32)}
+        if num_units[16] <= 3 * num_sms // 2:
+            return mla_config("sm_90a", 16)
+        if rows <= 64 and num_tiles <= 17 * num_requests and num_units[32] <= 5 * num_sms // 4:
+            return mla_config("sm_90a", 32)
+        if num_sms < num_units[32] <= 9 * num_sms // 4:
+            return MLA_SM90_CONFIGS[1]
     return next((config for config in MLA_SM90_CONFIGS if rows <= config.tile_q), MLA_SM90_CONFIGS[-1])
 
 
-def mla_sm90_cluster(rows: int, num_tiles: int, num_sms: int) -> int:
-    """Choose how many CTAs a cluster has: two where requests have more rows than a query tile, to copy the same keys.
+def mla_sm90_cluster(config: MLAConfig | MLASm90Config, rows: int, num_tiles: int, num_sms: int) -> int:
+    """Choose how many CTAs a cluster has: two where requests have several query tiles of 64 rows, of the same keys.
 
-    Parameters are those of `mla_sm90_config`. They do so in runs of more than four tiles (`is_long` of mla_sm90.cu).
-    Clusters start later, so there are none where no CTA has more than one tile; in between they gain nothing.
+    `config` is what `mla_sm90_config` has chosen for the others. They share copies in runs of more than four tiles
+    (`is_long` of mla_sm90.cu). Clusters start later, so there are none where no CTA has more than one tile; in between
+    they gain nothing.
     """
-    tile_q = MLA_SM90_CONFIGS[-1].tile_q
-    return 2 if rows > tile_q and num_tiles * -(-rows // tile_q) > num_sms else 1
+    largest = MLA_SM90_CONFIGS[-1]
+    has_several = config is largest and rows > largest.tile_q
+    return 2 if has_several and num_tiles * -(-rows // largest.tile_q) > num_sms else 1
 
 
 def mla_sm90_cascade_config(levels: Sequence[tuple[int, int]], num_sms: int) -> MLASm90Config | None:
     """Choose the shape for a cascade whose levels have so many tiles of 64 keys, and query rows a group."""
-    if all(mla_sm90_config(rows, num_tiles, num_sms) is None for num_tiles, rows in levels):
+    if all(isinstance(mla_sm90_config(rows, num_tiles, num_sms), MLAConfig) for num_tiles, rows in levels):
         return None
     tile_q = min(_MLA_TILE_COSTS, key=lambda tile_q: _cascade_cost(_MLA_TILE_COSTS, tile_q, levels))
     return MLASm90Config(tile_q, is_cascade=True)

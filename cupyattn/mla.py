@@ -178,19 +178,20 @@ class MLAPlan(AttentionPlan):
             size = self.fixed_split_size
             rows = num_qo_heads if size else -(-num_tokens // batch_size) * num_qo_heads
             arch, dtype = device_properties(self.device).arch, checks.dtype_name(q)
-            config: kernels.MLAConfig | kernels.MLASm90Config | None = None
+            config: kernels.MLAConfig | kernels.MLASm90Config
             cluster = 1
             if kernels.MLA_SM90_DECODE.supports(arch) and size is None:
                 num_sms = device_properties(self.device).num_sms
                 num_tiles = max_units(64, batch_size, True, 1, cache.page_size, pages)
                 config = kernels.mla_sm90_config(rows, num_tiles, num_sms, batch_size)
-                cluster = kernels.mla_sm90_cluster(rows, num_tiles, num_sms)
-            if config is not None:
-                kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)
+                cluster = kernels.mla_sm90_cluster(config, rows, num_tiles, num_sms)
             else:
                 config = kernels.mla_config(arch, rows, size is not None)
+            if isinstance(config, kernels.MLAConfig):
                 template = kernels.mla_template(dtype, config, size is not None)
                 kernel = get_kernel("mla", *template, device=self.device)
+            else:
+                kernel = get_kernel("mla_sm90", kernels.CUDA_TYPES[dtype], config.tile_q, device=self.device)
             self.runs = Runs(
                 self.caller, kernel, config, config.shared_bytes, ckv_dim, num_rows=num_tokens * num_qo_heads,
                 single=single, num_kv_heads=1, page_size=cache.page_size, pages=pages, fixed_split_size=size,

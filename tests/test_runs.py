@@ -75,10 +75,40 @@ def test_warps_have_rows_of_their_own_from_nine_or_from_17_on():
         return config.warps_q, config.row_blocks, config.warps_kv, config.num_stages, config.ctas_per_sm
 
     assert [shape(rows) for rows in (8, 9, 17, 33)] == [
-        (1, 1, 4, 3, 2), (2, 1, 2, 2, 2), (2, 2, 2, 2, 2), (4, 2, 1, 2, 2)
+        (1, 1, 4, 2, 2), (2, 1, 2, 2, 2), (2, 2, 2, 2, 2), (4, 2, 1, 2, 2)
     ]  # fmt: skip
-    assert [shape(rows, 64) for rows in (9, 17)] == [(1, 2, 4, 4, 2), (2, 2, 2, 4, 2)]
-    assert [shape(rows, 256) for rows in (9, 17)] == [(1, 2, 4, 3, 1), (4, 1, 1, 2, 1)]
+    assert [shape(rows, 64) for rows in (8, 9, 17, 33)] == [
+        (1, 1, 4, 2, 4), (2, 1, 2, 3, 2), (2, 2, 2, 3, 2), (4, 2, 1, 3, 2)
+    ]  # fmt: skip
+    assert [shape(rows, 256) for rows in (8, 9, 17)] == [(1, 1, 4, 2, 1), (1, 2, 4, 2, 1), (4, 1, 1, 2, 1)]
+
+
+def test_tiles_of_128_keys_where_there_are_many():
+    def tile_kv(rows, num_tiles, head_dim, arch="sm_90a", **more):
+        return kernels.decode_config(arch, head_dim, rows, num_tiles, 132, **more).tile_kv
+
+    assert [tile_kv(8, num_tiles, 64) for num_tiles in (None, 12 * 132 - 1, 12 * 132)] == [64, 64, 128]
+    assert [tile_kv(9, num_tiles, 64) for num_tiles in (None, 6 * 132 - 1, 6 * 132)] == [64, 64, 128]
+    assert [tile_kv(32, num_tiles, 128) for num_tiles in (None, 6 * 132 - 1, 6 * 132)] == [64, 64, 128]
+    assert [tile_kv(rows, 10**6, 64) for rows in (1, 16, 17, 33)] == [128, 128, 64, 64]
+    assert [tile_kv(rows, 10**6, 128) for rows in (8, 16, 17, 32, 33)] == [64, 64, 128, 128, 64]
+    assert [tile_kv(32, 10**6, head_dim) for head_dim in kernels.DECODE_HEAD_DIMS] == [64] * 4 + [128] + [
+        64
+    ] * 2
+    assert [tile_kv(32, 1024, 128, num_groups=n) for n in (1, 128, 129)] == [128, 128, 64]  # of 8 tiles each
+    assert tile_kv(8, 10**6, 64, has_pairs=True) == 64
+    assert tile_kv(32, 10**6, 128, arch="sm_120a") < 128  # has not the memory
+    assert all(config.tile_kv <= 64 for config in kernels.cascade_configs("sm_90a", 64))
+
+
+def test_long_steps_of_few_rows_have_three_stages():
+    def stages(num_tiles, rows=8, head_dim=128, arch="sm_90a"):
+        return kernels.decode_config(arch, head_dim, rows, num_tiles, 132).num_stages
+
+    assert [stages(num_tiles) for num_tiles in (None, 1, 128 * 132, 128 * 132 + 1)] == [2, 2, 2, 3]
+    assert stages(10**6, rows=9) == stages(10**6, head_dim=64) == stages(10**6, head_dim=256) == 2
+    assert stages(10**6, head_dim=96) == 3
+    assert stages(10**6, arch="sm_80") == 2  # 164 KiB
 
 
 def test_large_steps_have_tiles_of_two_kv_heads():
@@ -90,7 +120,7 @@ def test_large_steps_have_tiles_of_two_kv_heads():
     assert [heads(head_dim=head_dim) for head_dim in kernels.DECODE_HEAD_DIMS] == [2, 1, 1, 1, 1, 1, 1]
     assert [heads(arch=arch) for arch in CI_ARCHS] == [2, 2, 2, 1]  # two CTAs do not fit into 100 KiB
     config = kernels.decode_config("sm_90a", 64, 4, 10**6, 132, True)
-    assert (config.tile_q, config.num_stages, config.ctas_per_sm) == (16, 3, 2)  # a block of 8 rows a head
+    assert (config.tile_q, config.num_stages, config.ctas_per_sm) == (16, 2, 2)  # a block of 8 rows a head
 
 
 @pytest.mark.parametrize(
@@ -190,11 +220,11 @@ def test_every_shape_of_the_mla_kernel_fits(arch):
 
 
 def test_shapes_of_the_sm90_kernel():
-    assert kernels.mla_sm90_config(16, 86, 132) is None  # 1 x 4096, 16 heads
+    small = kernels.mla_config("sm_90a", 16)  # of mla.cu
+    assert kernels.mla_sm90_config(16, 86, 132) == small  # 1 x 4096, 16 heads
     assert kernels.mla_sm90_config(17, 86, 132).tile_q == 32
-    assert kernels.mla_sm90_config(16, 9 * 33, 132) is None
-    assert kernels.mla_sm90_config(16, 9 * 33 + 1, 132).tile_q == 16
-    assert kernels.mla_sm90_config(65, 16, 132, 1).tile_q == 64
+    assert kernels.mla_sm90_config(16, 9 * 33, 132) == small
+    assert kernels.mla_sm90_config(16, 9 * 33 + 1, 132) == kernels.MLA_SM90_CONFIGS[0]
     assert [kernels.mla_sm90_config(rows, 10**6, 132).tile_q for rows in (1, 16, 17, 32, 33, 64, 65, 256)] == [
         16, 16, 32, 32, 64, 64, 64, 64,
     ]  # fmt: skip
@@ -206,34 +236,51 @@ def test_shapes_of_the_sm90_kernel():
         assert config.shared_bytes + 4 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
         assert all((kernels.CUDA_TYPES[dtype], config.tile_q) in instances for dtype in kernels.DECODE_DTYPES)
     assert not kernels.MLA_SM90_DECODE.supports("sm_100a")
-    # Clusters for more rows than a tile, where there are more tiles than CTAs.
+    # Clusters for more rows than a tile of 64, where there are more tiles than CTAs.
     for rows in ROWS:
-        assert kernels.mla_sm90_cluster(rows, 10**6, 132) == (1 if rows <= 64 else 2)
-    assert [kernels.mla_sm90_cluster(128, num_tiles, 132) for num_tiles in (65, 66, 67)] == [1, 1, 2]
+        config = kernels.mla_sm90_config(rows, 10**6, 132)
+        assert kernels.mla_sm90_cluster(config, rows, 10**6, 132) == (1 if rows <= 64 else 2)
+    for config in (small, *kernels.MLA_SM90_CONFIGS):
+        found = [kernels.mla_sm90_cluster(config, 128, num_tiles, 132) for num_tiles in (65, 66, 67)]
+        assert found == ([1, 1, 2] if config is kernels.MLA_SM90_CONFIGS[2] else [1, 1, 1])
+
+
+MLA_CU, MLA_SM90 = kernels.MLAConfig, kernels.MLASm90Config
 
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
-    ("lens", "rows", "is_short"),
+    ("lens", "rows", "kind", "tile_q"),
     [
-        ([1024], 64, True),
-        ([1024], 32, True),
-        ([4096], 32, False),
-        ([256] * 16, 64, True),
-        ([256] * 32, 64, False),
-        ([256] * 16, 65, False),
-        ([2048, 64], 64, False),
+        ([2048], 32, MLA_CU, 16),
+        ([4096], 32, MLA_CU, 16),
+        ([2048], 64, MLA_CU, 16),
+        ([1024], 128, MLA_CU, 16),
+        ([256] * 4, 128, MLA_CU, 16),
+        ([256] * 16, 64, MLA_CU, 32),
+        ([512] * 16, 64, MLA_SM90, 32),
+        ([8192], 64, MLA_SM90, 32),
+        ([2048] * 4, 64, MLA_SM90, 32),
+        ([4096], 128, MLA_SM90, 32),
+        ([1024] * 4, 128, MLA_SM90, 32),
+        ([4096], 64, MLA_SM90, 64),
+        ([2048] * 2, 64, MLA_SM90, 64),
+        ([16384], 64, MLA_SM90, 64),
+        ([2048], 128, MLA_SM90, 64),
+        ([8192], 128, MLA_SM90, 64),
     ],
 )
-def test_short_requests_of_many_rows_are_for_mla_cu(lens, rows, is_short, dense):
+def test_tiles_of_fewer_rows_for_small_mla_steps(lens, rows, kind, tile_q, dense):
+    """As timed, see bench/NOTES.md."""
     pages = np.cumsum([0, *(n // 64 for n in lens)], dtype=np.int32)
     indices, kv_lens = np.arange(pages[-1], dtype=np.int32), np.array(lens, np.int32)
     if dense:
-        table = PageTable.from_dense(np.resize(indices, (len(lens), max(lens) // 64)), kv_lens)
+        table = PageTable.from_dense(indices.reshape(len(lens), -1), kv_lens)
     else:
         table = PageTable(pages, indices, kv_lens)
     num_tiles = runs.max_units(64, len(lens), True, 1, 64, table)
-    assert (kernels.mla_sm90_config(rows, num_tiles, 132, len(lens)) is None) == is_short
+    config = kernels.mla_sm90_config(rows, num_tiles, 132, len(lens))
+    assert (type(config), config.tile_q) == (kind, tile_q)
 
 
 def test_shapes_for_cascades():
