@@ -54,20 +54,23 @@ class Part(NamedTuple):
 def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
     """(name, problem on the host, options) for each template instance of `decode`, and a few with fixed splits.
 
+    While it is the caller's turn, `decode` takes that shape (`decode_shape`).
+
     Short requests; one whose keys take 71 CTAs with a tile each, or 71 fixed splits, and as many partial states; and
-    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments. With
-    head_dim 64, the same for a pair of KV heads (`rows=2x4`).
+    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments.
     """
+    from device import decode_shape
     from problems import build_problem
 
     from cupyattn import kernels
 
     for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
-        # 4, 12 and 20 rows take tiles of 8, 16 and 32; where there are more (or head_dim is), warps have their own.
-        most_rows = 40 if head_dim <= 128 else 20
-        shapes = [(1, rows) for rows in sorted({4, 12, 20, most_rows})]
-        shapes += [(2, 4)] if head_dim == 64 else []
-        for num_kv_heads, rows in shapes:
+        shapes = kernels.decode_configs("sm_90", head_dim)
+        for shape in shapes:
+            num_kv_heads = shape.heads
+            # Not all rows of a tile, or (of the largest tiles) several tokens' in it, and in several.
+            rows = {8: 4, 16: 12, 32: 20, 64: 40}[shape.tile_q] if num_kv_heads == 1 else 4
+            is_largest = shape.tile_q == max(one.tile_q for one in shapes)
             common = {
                 "dtype": dtype,
                 "head_dim": head_dim,
@@ -75,24 +78,26 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
                 "group_size": rows,
                 "page_size": 16,
             }
-            name = f"{dtype} d={head_dim} rows={f'{num_kv_heads}x' if num_kv_heads > 1 else ''}{rows}"
+            words = (dtype, f"d={head_dim}", f"rows={num_kv_heads}x{rows}", f"tile={shape.tile_kv}")
+            name = " ".join((*words, f"stages={shape.num_stages}"))
+            short = build_problem(
+                [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20] if is_largest else None,
+                storage="interleaved", window_left=40, logits_soft_cap=20.0, **common,
+            )  # fmt: skip
+            layout = "HND" if num_kv_heads == 1 else "NHD"
+            long = build_problem([4500], dense=True, layout=layout, **common)
             modes: list[dict[str, int]] = [{}]
-            if dtype == "bfloat16" and head_dim in (64, 128) and rows <= 20 and num_kv_heads == 1:
+            is_split = shape == kernels.decode_config("sm_90", head_dim, shape.tile_q)
+            if dtype == "bfloat16" and head_dim in (64, 128) and shape.tile_q <= 32 and is_split:
                 modes.append({"fixed_split_size": 64})
-            for mode in modes:
-                # With room for little, tiles would have 8 or 16 rows.
-                room = {"spare_entries": 1 if mode else 12000}
-                short = build_problem(
-                    [0, 1, 65, 130, 20], qo_lens=[1, 1, 3, 0, 20] if rows == most_rows else None,
-                    storage="interleaved", window_left=40, logits_soft_cap=20.0, **room, **common,
-                )  # fmt: skip
-                layout = "HND" if num_kv_heads == 1 else "NHD"
-                long = build_problem([4500], dense=True, layout=layout, **room, **common)
-                fixed = " fixed" if mode else ""
-                yield f"{name} short{fixed}", short, mode
-                yield f"{name} long{fixed}", long, mode
-            if dtype == "bfloat16":
-                yield f"{name} many", build_problem([130] * 600, spare_entries=12000, **common), {}
+            with decode_shape(shape):
+                for mode in modes:
+                    fixed = " fixed" if mode else ""
+                    yield f"{name} short{fixed}", short, mode
+                    yield f"{name} long{fixed}", long, mode
+                if dtype == "bfloat16":
+                    num_keys = 2 * shape.tile_kv + 2
+                    yield f"{name} many", build_problem([num_keys] * 600, **common), {}
 
 
 def run_decode(part: Part) -> int:
@@ -155,7 +160,7 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             problems["runs"] = build_problem([45_000 if heads == 16 else 22_500], **common)
         # For mla.cu on 132 SMs: 130 states, whose lines CTAs merge by halves; runs of two tiles of 32 rows.
         if dtype == "bfloat16" and heads in (16, 40):
-            problems["few keys"] = build_problem([4160] if heads == 16 else [500] * 7, dense=True, **common)
+            problems["few keys"] = build_problem([4160] if heads == 16 else [600] * 8, dense=True, **common)
         for mode, (length, problem) in itertools.product(({}, {"fixed_split_size": 64}), problems.items()):
             # Fixed splits are mla.cu's; with much room in the table they have a workspace of gigabytes.
             if mode and length in ("short roomy", "long roomy", "runs", "few keys"):
@@ -227,7 +232,7 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
 
     for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
         for tile_q in sorted({config.tile_q for config in kernels.cascade_configs("sm_90", head_dim)}):
-            for name, structure in cascade_structures(135 if dtype == "bfloat16" else 0).items():
+            for name, structure in cascade_structures(170 if dtype == "bfloat16" else 0).items():
                 if dtype == "float16" and name != "short":
                     continue  # differs in conversions alone
                 layout = {"storage": "interleaved"} if name == "short" else {"layout": "HND"}

@@ -26,7 +26,8 @@ from problems import (
 )
 
 import cupyattn
-from cupyattn import kernels
+from cupyattn import kernels, mla
+from cupyattn.plan import PlanCache
 from cupyattn.runs import is_zeroed
 
 _ROW_SLACK = 2  # one row's relative error may be so many times that of all rows together
@@ -313,6 +314,28 @@ def assert_neighbours_change_no_bit(every: Problem, fixed_split_size: int) -> No
 
 
 # -- streams and graphs; on NumPy everything is done at once --
+
+
+@contextlib.contextmanager
+def _chosen(name: str, config: Any, plans: PlanCache[Any]) -> Iterator[None]:
+    chosen = getattr(kernels, name)
+    setattr(kernels, name, lambda *args: config)
+    plans.clear()
+    try:
+        yield
+    finally:
+        setattr(kernels, name, chosen)
+        plans.clear()
+
+
+def decode_shape(config: kernels.DecodeConfig) -> Any:
+    """A context in which `decode` takes this shape, whatever it would choose."""
+    return _chosen("decode_config", config, sys.modules["cupyattn.decode"]._plans)  # type: ignore[attr-defined]
+
+
+def mla_shape(config: kernels.MLAConfig | kernels.MLASm90Config) -> Any:
+    """The same for `mla_decode` without fixed splits on sm_90a."""
+    return _chosen("mla_sm90_config", config, mla.plans)
 
 
 def new_stream(xp: ModuleType) -> Any:

@@ -1105,29 +1105,23 @@ def test_every_group_is_reported() -> None:
 def test_sanitizer_runs_every_instance_once() -> None:
     from bench.sanitize import decode_problems
     from cupyattn import kernels
-    from cupyattn.decode import has_pairs
-    from cupyattn.runs import max_units
 
     seen = []
     for name, problem, mode in decode_problems():
-        tokens, heads, head_dim = problem.q.shape
-        group_size = heads // problem.num_kv_heads
-        rows = -(-tokens // len(problem.kv_lens)) * group_size
-        num_tiles = problem.num_kv_heads * max_units(64, len(problem.kv_lens), True, 1, 16, problem.pages)
-        pairs = problem.qo_indptr is None and has_pairs(problem.cache)
-        shape = kernels.decode_config("sm_90", head_dim, rows, num_tiles, 132, pairs)
-        if mode:
-            shape = kernels.decode_config("sm_90", head_dim, group_size)
-        seen.append((kernels.decode_template(problem.dtype, head_dim, shape, bool(mode)), name.split()[3:]))
-    plain = {(template, *kind) for template, kind in seen if "fixed" not in kind}
+        head_dim = problem.q.shape[2]
+        shape = kernels.decode_config("sm_90", head_dim, 1)  # what `decode` would take now
+        template = kernels.decode_template(problem.dtype, head_dim, shape, bool(mode))
+        assert template in kernels.DECODE.instances_for("sm_90a")
+        seen.append((template, *name.split()[5:]))
+        if "many" in name:  # runs use a stage again
+            assert shape.num_stages * shape.ctas_per_sm * 132 < 600 * 3
+    plain = {kind for kind in seen if "fixed" not in kind}
     instances = {t for t in kernels._decode_instances("sm_90") if not t[-1]}
     bfloat16 = {t for t in instances if t[0] == kernels.CUDA_TYPES["bfloat16"]}
     kinds = {(template, kind) for template in instances for kind in ("short", "long")}
     assert plain == kinds | {(template, "many") for template in bfloat16}
-    for config in {c for dim in kernels.DECODE_HEAD_DIMS for c in kernels.decode_configs("sm_90", dim)}:
-        # Tiles: of "many", runs use a stage again.
-        assert config.num_stages * config.ctas_per_sm * 132 < 600 * 3
     assert len(seen) == len(plain) + 2 * 2 * 3
+    assert kernels.decode_config("sm_90", 128, 4) != kernels.decode_config("sm_90", 128, 64)  # chosen again
 
 
 def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
@@ -1135,11 +1129,16 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
 
     import cupyattn
     from bench.sanitize import mla_problems
+    from cupyattn import kernels
+    from cupyattn.runs import max_units
 
     names = set()
     heads = set()
+    problems = []
     for name, problem, mode in mla_problems():
         names.add(name)
+        if not mode:
+            problems.append(problem)
         heads.add(problem.q.shape[1])
         if mode or problem.dtype != "bfloat16":
             continue  # NumPy has one path
@@ -1148,6 +1147,16 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
         wanted, wanted_lse = attend(problem)
         assert not misses(out, lse, (wanted[..., :512], wanted_lse), problem.dtype, np), name
     assert heads == {16, 24, 32, 40, 128}
+    shapes = {
+        kernels.mla_sm90_config(
+            -(-problem.q.shape[0] // len(problem.kv_lens)) * problem.q.shape[1],
+            max_units(64, len(problem.kv_lens), True, 1, problem.page_size, problem.pages),
+            132,
+            len(problem.kv_lens),
+        )
+        for problem in problems
+    }
+    assert shapes == {*kernels.mla_configs("sm_90a"), *kernels.MLA_SM90_CONFIGS}
     assert len(names) == 2 * 5 * (2 * 2 + 2) + 4
 
 

@@ -25,6 +25,7 @@ from device import (
     check,
     check_where_another_kernel_holds_the_sms,
     decode_bytes,
+    decode_shape,
     freed,
     misses,
     new_stream,
@@ -41,6 +42,7 @@ from problems import (
     POISON_PAGE,
     STORAGES,
     assert_close,
+    build_mla_problem,
     build_problem,
     oracle,
     to_backend,
@@ -52,6 +54,7 @@ from strategies import FIXED_SPLIT_SIZES, HEAD_DIMS, problem_arguments
 import cupyattn
 from cupyattn import kernels
 from cupyattn.runs import is_zeroed
+from cupyattn.runtime.device import device_properties
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000"))
 DTYPES = ("float16", "bfloat16")
@@ -337,6 +340,27 @@ def test_offsets_beyond_32_bits(gpu, layout):
             out, lse = far.call(cupyattn.decode, return_lse=True)
             assert_right(out, lse, attend(near), "float16", (layout, first))
         del base, touched, far
+
+
+# -- every shape, also where it would not be chosen --
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_shape_of_the_kernel(xp, head_dim):
+    arch = "sm_90a" if xp is np else device_properties().arch
+    for config in kernels.decode_configs(arch, head_dim):
+        num_kv_heads = 2 if config.heads == 2 else 3
+        for i, (group_size, qo_lens) in enumerate(((1, None), (3, None), (4, [1, 2, 0, 5, 1, 20, 1, 1]))):
+            if qo_lens is not None and config.heads == 2:
+                continue
+            problem = build_problem(
+                size(xp, [0, 64, 129, 700, 9000, 257, 63, 128], [0, 64, 129, 7, 90, 25, 63, 128]),
+                qo_lens=qo_lens, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim,
+                page_size=(16, 1, 64)[i], layout="NHD" if config.heads == 2 else ("NHD", "HND")[i % 2],
+                window_left=(-1, -1, 150)[i], dtype=DTYPES[i % 2], seed=i, xp=xp,
+            )  # fmt: skip
+            with decode_shape(config):
+                check(problem, (config, group_size))
 
 
 # -- parts of the KV heads --
@@ -783,6 +807,53 @@ def test_many_threads_at_once(xp, streams):
     for i, (result, problem) in enumerate(zip(results, problems, strict=True)):
         wanted = decode_bytes(problem)
         assert result == {wanted}, f"thread {i}: {len(result - {wanted})} wrong results"
+
+
+@pytest.mark.parametrize("heads", [None, 24])
+def test_the_same_arrays_again_with_other_options(xp, heads):
+    """Where outputs and workspace are given, a call keeps its launch for the next one like it, on each stream."""
+    kv_lens = size(xp, [700, 3000, 64], [70, 9, 64])
+    if heads is None:
+        problem = build_problem(kv_lens, group_size=4, xp=xp)
+    else:
+        problem = build_mla_problem(kv_lens, num_heads=heads, xp=xp)
+    if xp is not np:
+        problem = problem.replace(kv_lens=xp.asarray(problem.kv_lens))
+    all_options = [{}, {"window_left": 33}, {"logits_soft_cap": 2.0}, {"sm_scale": 0.03}]
+    all_options += [{"window_left": 40 + i} for i in range(20)]  # more than are kept
+    streams = [new_stream(xp), new_stream(xp)]
+    given = []
+    for _ in streams:
+        out, lse = xp.empty(problem.out_shape, problem.q.dtype), xp.empty(problem.q.shape[:2], np.float32)
+        given.append({"out": out, "lse": lse, "workspace": None if xp is np else cupyattn.decode_workspace()})
+    for cut in (0, 8, 0):  # lengths change, in place
+        problem.kv_lens[:] -= cut
+        for options in all_options + all_options[:4]:
+            expected = attend(problem.replace(**options))
+            for pdl, return_lse in ((False, True), (True, True), (False, False)):
+                for stream, arrays in zip(streams, given, strict=True):
+                    arrays["out"].fill(np.nan), arrays["lse"].fill(np.nan)
+                    if xp is not np:
+                        xp.cuda.Device().synchronize()
+                    with stream:
+                        result = problem.call(
+                            problem.decode, **arrays, **options, pdl=pdl, return_lse=return_lse
+                        )
+                    assert (result[0] if return_lse else result) is arrays["out"]
+                for stream, arrays in zip(streams, given, strict=True):
+                    stream.synchronize()
+                    assert_right(arrays["out"], arrays["lse"], expected, problem.dtype, (options, pdl, cut))
+
+
+def test_threads_with_the_very_same_arrays(xp):
+    problem = build_problem(size(xp, [3000, 100], [30, 9]), group_size=8, xp=xp)
+    expected = attend(problem)
+    out, lse = xp.empty(problem.out_shape, problem.q.dtype), xp.empty(problem.q.shape[:2], np.float32)
+    arrays = {"out": out, "lse": lse, "workspace": None if xp is np else cupyattn.decode_workspace()}
+    with ThreadPoolExecutor(8) as pool:  # on one stream, in any order
+        for _ in range(size(xp, 50, 2)):
+            list(pool.map(lambda _: problem.call(cupyattn.decode, **arrays), range(8)))
+    assert_right(out, lse, expected, problem.dtype)
 
 
 @pytest.mark.gpu
