@@ -28,7 +28,8 @@ from problems import (
 import cupyattn
 from cupyattn import kernels, mla
 from cupyattn.plan import PlanCache
-from cupyattn.runs import is_zeroed
+from cupyattn.runs import is_zeroed, workspace_layout
+from cupyattn.runtime.device import num_devices
 
 _ROW_SLACK = 2  # one row's relative error may be so many times that of all rows together
 
@@ -318,6 +319,8 @@ def assert_neighbours_change_no_bit(every: Problem, fixed_split_size: int) -> No
 
 @contextlib.contextmanager
 def _chosen(name: str, config: Any, plans: PlanCache[Any]) -> Iterator[None]:
+    for device in range(num_devices()):
+        workspace_layout(device)  # is kept, and must be that of all shapes
     chosen = getattr(kernels, name)
     setattr(kernels, name, lambda *args: config)
     plans.clear()
