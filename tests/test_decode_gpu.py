@@ -851,9 +851,10 @@ def test_threads_with_the_very_same_arrays(xp):
     out, lse = xp.empty(problem.out_shape, problem.q.dtype), xp.empty(problem.q.shape[:2], np.float32)
     arrays = {"out": out, "lse": lse, "workspace": None if xp is np else cupyattn.decode_workspace()}
     with ThreadPoolExecutor(8) as pool:  # on one stream, in any order
-        for _ in range(size(xp, 50, 2)):
+        for i in range(size(xp, 50, 2)):
+            poison(out), poison(lse)
             list(pool.map(lambda _: problem.call(cupyattn.decode, **arrays), range(8)))
-    assert_right(out, lse, expected, problem.dtype)
+            assert_right(out, lse, expected, problem.dtype, i)
 
 
 @pytest.mark.gpu
