@@ -65,7 +65,7 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
     from cupyattn import kernels
 
     for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
-        shapes = kernels.decode_configs("sm_90", head_dim)
+        shapes = kernels.decode_configs("sm_90a", head_dim)
         for shape in shapes:
             num_kv_heads = shape.heads
             # Not all rows of a tile, or (of the largest tiles) several tokens' in it, and in several.
@@ -87,7 +87,7 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
             layout = "HND" if num_kv_heads == 1 else "NHD"
             long = build_problem([4500], dense=True, layout=layout, **common)
             modes: list[dict[str, int]] = [{}]
-            is_split = shape == kernels.decode_config("sm_90", head_dim, shape.tile_q)
+            is_split = shape == kernels.decode_config("sm_90a", head_dim, shape.tile_q)
             if dtype == "bfloat16" and head_dim in (64, 128) and shape.tile_q <= 32 and is_split:
                 modes.append({"fixed_split_size": 64})
             with decode_shape(shape):
@@ -231,7 +231,7 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
     from cupyattn import kernels
 
     for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
-        for tile_q in sorted({config.tile_q for config in kernels.cascade_configs("sm_90", head_dim)}):
+        for tile_q in sorted({config.tile_q for config in kernels.cascade_configs("sm_90a", head_dim)}):
             for name, structure in cascade_structures(170 if dtype == "bfloat16" else 0).items():
                 if dtype == "float16" and name != "short":
                     continue  # differs in conversions alone

@@ -31,7 +31,7 @@ _PAIR_TILES_PER_SM = 8
 _PART_TILES_PER_SM = 16
 #: The same, from which on tiles have 128 keys where that helps, by rows: a tile costs more than its keys, a CTA leaves
 #: states. Of fewer, such tiles would be dealt out less evenly.
-_WIDE_TILES_PER_SM = {8: 12, 16: 6, 32: 6}
+_WIDE_TILES_PER_SM = {8: 12, 16: 6}
 #: And of a request and a KV head, on average: the last tile of each is not full.
 _WIDE_TILES_PER_GROUP = 8
 #: The same, above which three stages are faster than two with up to 8 rows.
@@ -72,10 +72,10 @@ class DecodeConfig:
     @property
     def static_shared_bytes(self) -> int:
         """What a CTA has of fixed size, at most: with notes of requests (schedule.cuh), which cascades do without."""
-        states = 8 * (
-            8 * self.row_blocks * self.num_threads // 32
-        )  # a maximum and a sum for each warp's rows
-        return 512 + states + 16 * self.num_threads
+        warp_rows = 8 * self.row_blocks * self.num_threads // 32  # with a maximum and a sum each
+        size = 512 + 8 * warp_rows + 16 * self.num_threads
+        # Behind it, a warpgroup's tiles are aligned to blocks of 1 KiB.
+        return -(-size // _KiB) * _KiB if self.warps_q == 4 else size
 
     def shared_bytes_per_sm(self, head_dim: int) -> int:
         """All that its CTAs take of an SM's shared memory, at most."""
@@ -106,11 +106,12 @@ def decode_config(
     head_dim : int
     rows : int
         Query rows (query tokens x group size) per KV head. Up to 8, all warps share them and split the keys; up to 32,
-        two warps do (up to 16, with head_dim > 128, all); with more, each warp takes rows of its own.
+        two warps do (up to 16, with head_dim > 128, all); with more, each warp takes rows of its own. So it does on
+        sm_90a from 17 rows on, with head_dim 64, 128 and 256, where the four of them multiply as a warpgroup.
     num_tiles : int, optional
         Tiles of 64 keys that all KV heads of all requests have room for. If they are so few that even with fewer rows
-        a tile all would be worked on at once, tiles have 16 rows; or 8, if there is an SM for each. The keys are then
-        read several times, but a CTA is done sooner, and that is what such a step waits for.
+        a tile all would be worked on at once, tiles have 8 or 16 rows, if there is an SM for each; or 32. The keys are
+        then read several times, but a CTA is done sooner, and that is what such a step waits for.
     num_sms : int
         Matters with `num_tiles` only.
     has_pairs : bool
@@ -130,9 +131,9 @@ def decode_config(
         if pairs is not None:
             return pairs
     if num_tiles is not None:
-        for fewer_rows in (8, 16):
+        for fewer_rows in (8, 16, 32):
             config = decode_config(arch, head_dim, fewer_rows)
-            at_once = num_sms * (1 if fewer_rows == 8 else config.ctas_per_sm)
+            at_once = num_sms * (1 if fewer_rows <= 16 else config.ctas_per_sm)
             num_units = num_tiles * (64 // config.tile_kv) * -(-rows // config.tile_q)
             if config.tile_q < rows and num_units <= at_once:
                 return config
@@ -142,9 +143,12 @@ def decode_config(
         least = max(_WIDE_TILES_PER_SM[wide.tile_q] * num_sms, _WIDE_TILES_PER_GROUP * num_groups)
         if num_tiles >= least:
             return wide
+    shapes: tuple[tuple[int, int, int, int], ...]
     if rows <= 8 or (rows <= 16 and head_dim > 128):
         row_blocks = -(-rows // 8)
         shapes = ((1, row_blocks, 4, 64), (1, row_blocks, 2, 32))
+    elif 16 < rows <= 32 and head_dim in (64, 128) and arch == "sm_90a":
+        shapes = ((4, 1, 1, 64),)
     elif rows <= 32 and head_dim <= 128:
         row_blocks = -(-rows // 16)
         shapes = ((2, row_blocks, 2, 64), (2, row_blocks, 1, 32))
@@ -183,12 +187,9 @@ def choose_num_parts(num_kv_heads: int, num_tiles: int, num_ctas: int, num_sms: 
 
 def _wide_config(arch: str, head_dim: int, rows: int) -> DecodeConfig | None:
     """Return the shape with tiles of 128 keys, for `decode` without fixed splits, or None where others are faster."""
-    if head_dim == 64 and rows <= 16:
-        config = DecodeConfig(1, 1, 8, 128, 2, 2) if rows <= 8 else DecodeConfig(2, 1, 4, 128, 2, 2)
-    elif head_dim == 128 and 16 < rows <= 32:
-        config = DecodeConfig(2, 2, 4, 128, 2, 1)
-    else:
+    if head_dim != 64 or rows > 16:
         return None
+    config = DecodeConfig(1, 1, 8, 128, 2, 2) if rows <= 8 else DecodeConfig(2, 1, 4, 128, 2, 2)
     return config if config.shared_bytes_per_sm(head_dim) <= shared_bytes_per_sm(arch) else None
 
 

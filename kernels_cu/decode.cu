@@ -8,11 +8,12 @@
 // as its columns, so that a group of up to 8 query heads wastes nothing:
 //   S^T = K Q^T       [keys, rows]   accumulators become the B operand of the next product by movmatrix
 //   O^T += V^T P^T    [head_dim, rows]
-// On sm_90a, four warps with rows of their own multiply as a warpgroup instead (wgmma.cuh), 64 rows at once:
+// On sm_90a, four warps with rows of their own multiply as a warpgroup instead (wgmma.cuh), 16 rows each, of which the
+// tile may have 8:
 //   S = Q K^T         [rows, keys]   from shared memory; accumulators become the A operand of the next product
 //   O += P V          [rows, head_dim]
 // Where a segment (the tiles of a group that are in the run) ends, the warps' states are merged through shared
-// memory. What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
+// memory, or those of a warpgroup written from registers. What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
 // With Levels, requests are the groups of all levels of a cascade (cascade.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
 //
@@ -95,10 +96,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   static_assert(kThreads >= 2 * kTileKV, "a thread finds the place of one K or one V row");
   static_assert(kRowBlocks == 1 || kRowBlocks % 2 == 0, "queries are loaded in pairs of blocks");
   static_assert(kStages >= 2, "one tile is read while another is filled");
-  constexpr bool kUsesWgmma =
-      kHasWgmma && kWarpsQ == 4 && kRowBlocks == 2 && kWarpsKV == 1 && kTileKV == 64 && kHeadDim % 64 == 0;
+  constexpr bool kUsesWgmma = kHasWgmma && kWarpsQ == 4 && kRowBlocks <= 2 && kWarpsKV == 1 &&
+                              kTileKV == 64 && (kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
   using Layout = typename LayoutOf<kRowDims, kTileKV, kUsesWgmma>::Type;
-  using QueryLayout = typename LayoutOf<kHeadDim, kTileKV, kUsesWgmma>::Type;
+  using QueryLayout = typename LayoutOf<kHeadDim, kTileQ, kUsesWgmma>::Type;
   constexpr bool kIsCascade = sizeof...(Cascade) > 0;
   static_assert(!kIsCascade || !kFixedSplits);
   static_assert(
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                  split_shift, max_splits, cascade...);
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
-  const Partials<kHeadDim, kTileQ> partials{partial_out, partial_flags};
+  const Partials<kHeadDim, kTileQ, kUsesWgmma> partials{partial_out, partial_flags};
   const Output<T, kTileQ> output{
       out, lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head, group};
 
@@ -243,8 +244,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         const u32 first = smem_tile + Layout::offset(first_row, chunk);
         const T* const* rows = smem_rows + slot * 2 * kTileKV + first_row;
         constexpr int kCopies = kTileKV / kRowsAtOnce;
-        // Addresses read at once; with many rows there are no registers for more.
-        constexpr int kBatch = kTileQ > 16 ? 2 : kCopies < 8 ? kCopies : 8;
+        // Addresses read at once; with many rows a thread's, there are no registers for more.
+        constexpr int kBatch = kTileQ > 16 && !kUsesWgmma ? 2 : kCopies < 8 ? kCopies : 8;
         static_assert(kCopies % kBatch == 0);
 #pragma unroll
         for (int kv = 0; kv < 2; ++kv)
@@ -396,7 +397,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       smem_rows[slot * 2 * kTileKV + tid] = row;
     }
     if (round >= 0) cp_async_wait<kStages - 2>();
-    if constexpr (kUsesWgmma) fence_async_proxy();
+    if (kUsesWgmma && round >= 0) fence_async_proxy();
     __syncthreads();  // the tile has landed; the stage read last is free; the rows in `slot` are there
 
     if (!load.done()) {
@@ -476,17 +477,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     };
     if constexpr (kUsesWgmma) {
       // S = Q K^T
+      // With eight rows a warp, its other eight are whatever lies there: every second eight begins halfway.
       const Operand q_operand =
-          swizzled_operand(uniform(smem_address_of(smem_q) + tile.q_buffer * kQueryBytes), 0);
+          swizzled_operand(uniform(smem_address_of(smem_q) + tile.q_buffer * kQueryBytes), 0,
+                           kRowBlocks == 1 ? kEightRows / 2 : kEightRows);
       const Operand k_operand = swizzled_operand(uniform(smem_k), 0);
       float s[kTileKV / 2];  // [kTileKV / 8][4], see wgmma.cuh
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kDimSteps; ++step) {
-        const u32 in_blocks = step / 4 * Layout::kBlockBytes + step % 4 * 32;
-        wgmma_ss<T>(s, advance(q_operand, in_blocks), advance(k_operand, in_blocks), step > 0);
+        const u32 in_block = step % 4 * 32;
+        wgmma_ss<T>(s, advance(q_operand, step / 4 * QueryLayout::kBlockBytes + in_block),
+                    advance(k_operand, step / 4 * Layout::kBlockBytes + in_block), step > 0);
       }
       wgmma_commit();
+      const bool is_seen = all_seen();
       wgmma_wait<0>();
       // To base-2 logits, with what a row must not see at -inf.
 #pragma unroll
@@ -495,10 +500,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 #pragma unroll
         for (int i = 0; i < kTileKV / 2; ++i) s[i] = soft_cap_log2 * tanh_accurate(s[i]);
       }
-      if (!all_seen()) {
+      if (!is_seen) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int last = last_of(warp * 16 + half * 8 + quad_row);
+        for (int half = 0; half < kRowBlocks; ++half) {
+          const int last = last_of(warp * kWarpRows + half * 8 + quad_row);
 #pragma unroll
           for (int n = 0; n < kTileKV / 8; ++n)
 #pragma unroll
@@ -510,11 +515,13 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         }
       }
       // Online softmax. The four lanes of a quad have a row.
-      u32 p[kTileKV / 16][4];  // the A operand of each 16 keys
-      float factor[2];
+      u32 p[kTileKV / 16][4] = {};  // the A operand of each 16 keys
+      float factor[2] = {1.0f, 1.0f};
+      bool rescales = false;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < kRowBlocks; ++half) {
         SoftmaxState& own = state[0][half];
+        const bool has_values = own.max != neg_infinity();
         float logit_max = neg_infinity();
 #pragma unroll
         for (int n = 0; n < kTileKV / 8; ++n) {
@@ -523,6 +530,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 1));
         logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, 2));
         factor[half] = own.raise(logit_max);
+        rescales |= has_values && factor[half] != 1.0f;
 #pragma unroll
         for (int n = 0; n < kTileKV / 8; ++n) {
           const float x = own.weight(s[n * 4 + half * 2]);
@@ -531,7 +539,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
           p[n / 2][n % 2 * 2 + half] = pack2<T>(x, y);
         }
       }
-      if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {  // rare after the first tiles
+      if (__any_sync(0xffffffffu, rescales)) {  // rare after a segment's first tiles
 #pragma unroll
         for (int i = 0; i < kHeadDim / 2; ++i) wide_acc[i] *= factor[i / 2 % 2];
       }
@@ -619,8 +627,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
 #pragma unroll
           for (int delta = 4; delta < 32; delta *= 2)
             logit_max = fmaxf(logit_max, __shfl_xor_sync(0xffffffffu, logit_max, delta));
+          const bool has_values = state[block][column].max != neg_infinity();
           factor[block][column] = state[block][column].raise(logit_max);
-          rescales |= factor[block][column] != 1.0f;
+          rescales |= has_values && factor[block][column] != 1.0f;
 #pragma unroll
           for (int n = 0; n < kKeyBlocks; ++n)
 #pragma unroll
@@ -677,48 +686,35 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       }
     };
     if constexpr (kUsesWgmma) {
-      // Each warp's rows through the place of the tile, so that a loop can write whole rows. A quad stores pairs of
-      // columns of 8 rows: XOR spreads them over all banks.
-      __syncthreads();  // all warps are done with the tile
-      float* own_rows = smem_scratch + warp * 16 * kHeadDim;
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          const int row = half * 8 + quad_row;
-          *reinterpret_cast<float2*>(own_rows + row * kHeadDim + (n * 8 ^ row % 4 * 8) + quad_col) =
-              make_float2(wide_acc[n * 4 + half * 2], wide_acc[n * 4 + half * 2 + 1]);
-        }
-      float2 stats[2];  // 1 / sum and lse of rows quad_row and quad_row + 8
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        SoftmaxState& own = state[0][half];
+      // A quad has lines of 8 rows, and then of 8 more.
+#pragma unroll 1
+      for (int row = warp * kWarpRows + quad_row, half = 0; row - quad_row < num_rows && half < kRowBlocks;
+           row += 8, ++half) {
+        SoftmaxState own = state[0][0];
         own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
         own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
-        stats[half] = make_float2(own.inverse_sum(), own.lse_log2());
-      }
-      __syncwarp();
-      constexpr int kLanes = partials.kRowVecs;  // of a row
-      const int vec = lane % kLanes;
-      const int dim = partials.first_dim(vec);
-      const int end_row = min(num_rows - warp * 16, 16);
-#pragma unroll 2
-      for (int row = lane / kLanes; row - lane / kLanes < end_row; row += 32 / kLanes) {
-        const float inverse = __shfl_sync(0xffffffffu, row < 8 ? stats[0].x : stats[1].x, row % 8 * 4);
-        const float lse_log2 = __shfl_sync(0xffffffffu, row < 8 ? stats[0].y : stats[1].y, row % 8 * 4);
-        const auto columns_from = [&](int dim) {
-          return *reinterpret_cast<const float4*>(own_rows + row * kHeadDim + (dim ^ row % 4 * 8));
-        };
-        const float4 first = columns_from(dim);
-        const float4 second = columns_from(dim + partials.kSpan);
+        const float inverse = own.inverse_sum();
+        const bool exists = row < num_rows;
+        float x[partials.kRowLines][8];
+#pragma unroll
+        for (int line = 0; line < partials.kRowLines; ++line)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) x[line][i] = wide_acc[(line * 4 + i / 2) * 4 + i % 2];
         if (!is_complete) {
-          partials.write(tile.state_row + warp * 16 + row, vec, first, second, inverse, lse_log2,
-                         row < end_row);
-        } else if (row < end_row) {
-          const auto target = result_at(warp * 16 + row, dim);
-          target.write(0, first * inverse);
-          target.write(partials.kSpan, second * inverse);
-          target.write_lse(lse_log2);
+          partials.write_lines(tile.state_row + row, 0, lane % 4, x, inverse, own.lse_log2(), exists);
+        } else if (exists) {
+          const auto target = result_at(row, quad_col);
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 8; ++i) {
+            target.write(i * 8, x[i / 4][i % 4 * 2] * inverse, x[i / 4][i % 4 * 2 + 1] * inverse);
+          }
+          target.write_lse(own.lse_log2());
+        }
+        // The next 8 take their place: code for both would take longer to fetch than this to run.
+        if constexpr (kRowBlocks == 2) {
+          state[0][0] = state[0][1];
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) wide_acc[i] = wide_acc[i | 2];
         }
       }
     } else {
@@ -814,7 +810,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if (!is_complete && !ends_run && partition.quota >= kLongRun && tid == 0) __threadfence();
     if (kFixedSplits && tile.num_sharers == 1 && !is_complete &&
         tile.state_row == (tile.group.first + tile.group.num_partials - 1) * kTileQ) {
-      __syncthreads();  // the scratch memory is free again
+      __syncthreads();  // all are done with the tile, and with its place as scratch memory
       merge_share<kStatesInFlight, kFixedSplits>(all_threads<kThreads>(), partials, output, tile,
                                                  tile.first_line, tile.end_line, smem_scratch);
     }

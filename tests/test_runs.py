@@ -60,26 +60,27 @@ def test_small_steps_have_tiles_of_fewer_rows():
         return kernels.decode_config("sm_90a", head_dim, rows, num_tiles, 132).tile_q
 
     assert [tile_q(rows, 10**6) for rows in (1, 8, 9, 16, 17, 32, 33)] == [8, 8, 16, 16, 32, 32, 64]
-    assert [tile_q(32, num_tiles) for num_tiles in (33, 34)] == [8, 16]  # 4 x 33 = 132 SMs
-    assert [tile_q(17, num_tiles) for num_tiles in (132, 133)] == [16, 32]  # 2 CTAs an SM
-    assert [tile_q(32, num_tiles, 64) for num_tiles in (132, 264, 265)] == [16, 32, 32]
+    assert [tile_q(32, num_tiles) for num_tiles in (33, 34, 66, 67)] == [8, 16, 16, 32]  # 4 x 33 = 132 SMs
+    assert [tile_q(17, num_tiles, 64) for num_tiles in (66, 67)] == [16, 32]
     assert [tile_q(16, num_tiles) for num_tiles in (66, 67)] == [8, 16]
-    assert [tile_q(64, num_tiles) for num_tiles in (16, 17, 66, 67)] == [8, 16, 16, 64]
+    assert [tile_q(64, num_tiles) for num_tiles in (16, 17, 33, 34)] == [8, 16, 16, 32]
+    assert [tile_q(64, num_tiles) for num_tiles in (132, 133)] == [32, 64]  # 2 CTAs an SM
     assert [tile_q(32, num_tiles, 256) for num_tiles in (33, 34, 133)] == [8, 16, 32]
     assert tile_q(8, 1) == tile_q(1, 1) == 8
 
 
 def test_warps_have_rows_of_their_own_from_nine_or_from_17_on():
-    def shape(rows, head_dim=128):
-        config = kernels.decode_config("sm_90a", head_dim, rows)
+    def shape(rows, head_dim=128, arch="sm_90a"):
+        config = kernels.decode_config(arch, head_dim, rows)
         return config.warps_q, config.row_blocks, config.warps_kv, config.num_stages, config.ctas_per_sm
 
     assert [shape(rows) for rows in (8, 9, 17, 33)] == [
-        (1, 1, 4, 2, 2), (2, 1, 2, 2, 2), (2, 2, 2, 2, 2), (4, 2, 1, 2, 2)
+        (1, 1, 4, 2, 2), (2, 1, 2, 2, 2), (4, 1, 1, 2, 2), (4, 2, 1, 2, 2)
     ]  # fmt: skip
     assert [shape(rows, 64) for rows in (8, 9, 17, 33)] == [
-        (1, 1, 4, 2, 4), (2, 1, 2, 3, 2), (2, 2, 2, 3, 2), (4, 2, 1, 3, 2)
+        (1, 1, 4, 2, 4), (2, 1, 2, 3, 2), (4, 1, 1, 3, 2), (4, 2, 1, 3, 2)
     ]  # fmt: skip
+    assert shape(17, 96) == shape(17, arch="sm_100a") == (2, 2, 2, 2, 2)  # no warpgroups
     assert [shape(rows, 256) for rows in (8, 9, 17)] == [(1, 1, 4, 2, 1), (1, 2, 4, 2, 1), (4, 1, 1, 2, 1)]
 
 
@@ -89,15 +90,11 @@ def test_tiles_of_128_keys_where_there_are_many():
 
     assert [tile_kv(8, num_tiles, 64) for num_tiles in (None, 12 * 132 - 1, 12 * 132)] == [64, 64, 128]
     assert [tile_kv(9, num_tiles, 64) for num_tiles in (None, 6 * 132 - 1, 6 * 132)] == [64, 64, 128]
-    assert [tile_kv(32, num_tiles, 128) for num_tiles in (None, 6 * 132 - 1, 6 * 132)] == [64, 64, 128]
     assert [tile_kv(rows, 10**6, 64) for rows in (1, 16, 17, 33)] == [128, 128, 64, 64]
-    assert [tile_kv(rows, 10**6, 128) for rows in (8, 16, 17, 32, 33)] == [64, 64, 128, 128, 64]
-    assert [tile_kv(32, 10**6, head_dim) for head_dim in kernels.DECODE_HEAD_DIMS] == [64] * 4 + [128] + [
-        64
-    ] * 2
-    assert [tile_kv(32, 1024, 128, num_groups=n) for n in (1, 128, 129)] == [128, 128, 64]  # of 8 tiles each
+    assert [tile_kv(8, 10**6, head_dim) for head_dim in kernels.DECODE_HEAD_DIMS] == [128] + [64] * 6
+    assert [tile_kv(16, 1024, 64, num_groups=n) for n in (1, 128, 129)] == [128, 128, 64]  # of 8 tiles each
     assert tile_kv(8, 10**6, 64, has_pairs=True) == 64
-    assert tile_kv(32, 10**6, 128, arch="sm_120a") < 128  # has not the memory
+    assert tile_kv(16, 10**6, 64, arch="sm_120a") < 128  # has not the memory
     assert all(config.tile_kv <= 64 for config in kernels.cascade_configs("sm_90a", 64))
 
 

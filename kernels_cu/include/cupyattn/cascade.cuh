@@ -347,7 +347,6 @@ struct RowStates {
   static constexpr int kLinesOfWarp = 8;  // at once, at most
   static constexpr bool kFindsAll = Partials::kRowLines > kLinesOfWarp;
   static constexpr int kMostRows = kWarps * kLinesOfWarp;  // of a share, or it is done in several parts
-  static constexpr int kScratchBytes = kMostRows * kMaxLevels * sizeof(Found);
 
   const CascadeProblem& problem;
   const Partition& partition;
@@ -473,7 +472,7 @@ struct RowStates {
   }
 };
 
-// This CTA's share of the rows of the result. `scratch`: shared memory, RowStates::kScratchBytes.
+// This CTA's share of the rows of the result. `scratch`: shared memory, RowStates::Found for kMostRows rows in all levels.
 template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ, bool kOfQuads>
 __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const Partition& partition,
                                            const Partials<kHeadDim, kTileQ, kOfQuads>& partials,

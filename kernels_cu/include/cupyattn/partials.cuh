@@ -5,7 +5,7 @@
 // and no barrier, and merge what is there while they wait for the rest.
 //
 // A *line* is 32 columns of a row, half_t with a common factor (64 bytes, four lanes with 16 each), and a word of 64 bits,
-// its *flag*: the row's lse, and that factor. The CTAs that share a group share its lines. Each takes its own when its run
+// its *flag*: the row's lse, and that factor, which other lines of the row may have in common. The CTAs that share a group share its lines. Each takes its own when its run
 // is done; it reads them in all states of the group and sets them back to zero, so that a captured graph can be replayed.
 //
 // Of large states that would cost too much: every word is written twice and asked for more than once. There a line is 64
@@ -85,7 +85,7 @@ __device__ __forceinline__ void add_eight(float (&acc)[8], float weight, const u
   }
 }
 
-// By what a row's numbers are multiplied before they are packed, a power of two: `largest`, of the finite ones, then is
+// By what numbers of a row are multiplied before they are packed, a power of two: `largest`, of the finite ones, then is
 // near the top of what half_t holds, so that those down to 2^-28 of it are as exact, and those of less than 2^-40 of it
 // become 0. Infinities and NaN stay what they are.
 __device__ __forceinline__ float scale_to_pack(float largest, bool all_finite) {
@@ -153,13 +153,16 @@ struct Partials {
   template <int kStep = 1, int kCount>
   __device__ __forceinline__ void write_lines(int row, int first_line, int lane, const float (&x)[kCount][8],
                                               float factor, float row_lse_log2, bool exists) const {
-    const auto largest_of = [&](int j, u32 lanes, auto of_finite) {
-      float largest[8];
+    // Of all these lines, for which half_t has exponents enough (scale_to_pack).
+    const auto largest_of = [&](u32 lanes, auto of_finite) {
+      float largest[8] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        largest[i] = fabsf(x[j][i]);
-        if (of_finite.value && !(largest[i] * factor < -neg_infinity())) largest[i] = 0.0f;
-      }
+      for (int j = 0; j < kCount; ++j)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const bool counts = !of_finite.value || fabsf(x[j][i]) * factor < -neg_infinity();
+          if (counts) largest[i] = fmaxf(largest[i], fabsf(x[j][i]));
+        }
 #pragma unroll
       for (int half = 4; half > 0; half /= 2)
 #pragma unroll
@@ -168,27 +171,17 @@ struct Partials {
       largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 2));
       return largest[0] == 0.0f ? 0.0f : largest[0] * factor;
     };
-    float largest[kCount];
-    bool is_finite[kCount];
-    bool all_finite = true;
+    float largest = largest_of(0xffffffffu, Bool<false>());
+    const bool all_finite = largest < -neg_infinity();
+    if (__builtin_expect(!all_finite, 0)) largest = largest_of(0xfu << (lane_id() & 28), Bool<true>());
+    const float scale = scale_to_pack(largest, all_finite);
+    if (!exists) return;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      largest[j] = largest_of(j, 0xffffffffu, Bool<false>());
-      is_finite[j] = largest[j] < -neg_infinity();
-      all_finite = all_finite && is_finite[j];
-    }
-    if (__builtin_expect(!all_finite, 0)) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) largest[j] = largest_of(j, 0xfu << (lane_id() & 28), Bool<true>());
-    }
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float scale = scale_to_pack(largest[j], is_finite[j]);
       const auto word = [&](int i) {
         const u32 packed = pack2<half_t>(x[j][2 * i] * (factor * scale), x[j][2 * i + 1] * (factor * scale));
         return packed != 0 ? packed : 0x80000000u;
       };
-      if (!exists) continue;
       const i64 line = static_cast<i64>(row) * kRowLines + first_line + j * kStep;
       store_relaxed(reinterpret_cast<uint4*>(out + line * kLineDims) + lane,
                     make_uint4(word(0), word(1), word(2), word(3)));

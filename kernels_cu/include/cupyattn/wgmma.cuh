@@ -34,11 +34,13 @@ struct Operand {
 
   __device__ __forceinline__ u64 bits() const { return static_cast<u64>(high) << 32 | low; }
 };
-// One that begins at `smem_address`. `block_bytes`: from one block to the next, of an MN-major operand wider than 64.
-__device__ __forceinline__ Operand swizzled_operand(u32 smem_address, u32 block_bytes) {
+constexpr u32 kEightRows = 8 * kBlockRowBytes;
+// One that begins at `smem_address`. `block_bytes`: from one block to the next, of an MN-major operand wider than 64;
+// `eight_bytes`: from eight rows to the next eight.
+__device__ __forceinline__ Operand swizzled_operand(u32 smem_address, u32 block_bytes,
+                                                    u32 eight_bytes = kEightRows) {
   constexpr u32 kSwizzle128 = 1u << 30;
-  constexpr u32 kEightRows = 8 * kBlockRowBytes;
-  return {block_bytes / 16 << 16 | (smem_address & 0x3ffff) / 16, kSwizzle128 | kEightRows / 16};
+  return {block_bytes / 16 << 16 | (smem_address & 0x3ffff) / 16, kSwizzle128 | eight_bytes / 16};
 }
 // The same operand, so many bytes further.
 __device__ __forceinline__ Operand advance(const Operand& operand, u32 bytes) {
