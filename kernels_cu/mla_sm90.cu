@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(384, 1)
     if constexpr (kHasFlags) {
       return FlaggedPartials<2 * kColumns, kTileQ>{partial_out, partial_flags};
     } else {
-      return Partials<2 * kColumns, kTileQ>{partial_out, partial_flags};
+      return Partials<2 * kColumns, kTileQ, kTileQ == kRows>{partial_out, partial_flags};
     }
   };
   using Slots = decltype(slots());
@@ -404,10 +404,12 @@ __global__ void __launch_bounds__(384, 1)
       }
       const u64 policy = reads_once ? evict_first_policy() : evict_normal_policy();
       const u32 full = full_at(stage, half);
-      // Whole tiles of whole boxes; what is known of them, the same in all lanes, before their place is free.
+      // Whole tiles of whole boxes; what is known of them, the same in all lanes, before their place is free. With few rows,
+      // rows one by one are there sooner, which counts in runs of up to eight tiles.
       const int box_rows = key_maps.box_rows;
-      const bool in_boxes = uniform(box_rows > 0 && is_long && num_keys >= kTileKV &&
-                                    (token_begin & box_rows - 1) == 0 && (!kIsCascade || num_hidden <= 0));
+      const bool in_boxes = uniform(box_rows > 0 && is_long && (kTileQ > 32 || smem_partition.quota > 8) &&
+                                    num_keys >= kTileKV && (token_begin & box_rows - 1) == 0 &&
+                                    (!kIsCascade || num_hidden <= 0));
       // In a pair, each CTA copies half of the blocks to both. Boxes of 64 rows are dealt out to the two warps.
       const bool are_dealt = box_rows > 32;
       const int rank = in_pair ? cluster_rank() : 0;
@@ -961,15 +963,31 @@ __global__ void __launch_bounds__(384, 1)
             }
           }
         }
+      } else if constexpr (!kHasFlags && kTileQ == kRows) {
+        // A quad has lines of 8 rows, and then of 8 more, which take the place of the first: code for both would take
+        // longer to fetch than this to run.
+        const auto partials = slots();
+#pragma unroll 1
+        for (int row = warp_row + lane / 4; row - lane / 4 < min(num_rows, warp_row + 16); row += 8) {
+          constexpr int kHalfLines = Slots::kRowLines / 2;
+          float x[kHalfLines][8];
+#pragma unroll
+          for (int line = 0; line < kHalfLines; ++line)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[line][i] = acc[(line * 4 + i / 2) * 4 + i % 2];
+          const float2 stats = stats_of(row);
+          partials.write_lines(last.state_row + row, group * kHalfLines, lane % 4, x, stats.x, stats.y,
+                               row < num_rows);
+#pragma unroll
+          for (int i = 0; i < kColumns / 2; ++i) acc[i] = acc[i | 2];
+        }
       } else if constexpr (!kHasFlags) {
-        // Pairs of columns that a quad has of a row: through shared memory, a warp writes 128 next to each other; and
-        // where there are few rows, each warp some of them. Four columns lie in a place that is XORed with twice the
-        // row's last two bits, so that rows are in different banks.
-        constexpr bool kShares = kTileQ < kRows;
+        // Pairs of columns that a quad has of a row: through shared memory, each warp writes some of the few rows, 128
+        // columns next to each other. Four columns lie in a place that is XORed with twice the row's last two bits, so
+        // that rows are in different banks.
         constexpr int kRowPlaces = kColumns / 4;
         const int quad_row = lane / 4;
-        float4* staging =
-            reinterpret_cast<float4*>(smem_q + tile_offset) + (kShares ? 0 : warp % 4 * 8 * kRowPlaces);
+        float4* staging = reinterpret_cast<float4*>(smem_q + tile_offset);
         const auto stage_rows = [&](int half, int row) {
           float2* pairs[4];  // where columns 8n + 2t, + 1 lie, by n % 4
 #pragma unroll
@@ -983,49 +1001,27 @@ __global__ void __launch_bounds__(384, 1)
             pairs[n % 4][n / 4 * 16] = make_float2(acc[n * 4 + half * 2], acc[n * 4 + half * 2 + 1]);
           }
         };
-        if constexpr (kShares) {
-          if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
-          sync_warpgroup(group);
-        }
+        if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
+        sync_warpgroup(group);
         const int rows_left = num_rows - first_row;  // from the warp's first one on
         if (rows_left > 0) {
           const auto partials = slots();
           static_assert(kColumns == 2 * partials.kSpan && kColumns == 8 * 32, "a row of a group is a warp's");
-          // Rows begin .. end - 1 of the warp, from the first place on; several at once, without branches: a row alone
-          // is a chain of latencies.
-          const auto write = [&](const float4* places, int begin, int end) {
-            constexpr int kAtOnce = kShares ? 4 : 2;  // there are no registers for more
+          constexpr int kAtOnce = 4;  // without branches: a row alone is a chain of latencies
 #pragma unroll 1
-            for (int first = begin; first < end; first += kAtOnce, places += kAtOnce * kRowPlaces) {
-              float4 x[kAtOnce][2];
+          for (int first = 0; first < kWarpRows; first += kAtOnce) {
+            const float4* places = staging + (first_row + first) * kRowPlaces;
+            float4 x[kAtOnce][2];
 #pragma unroll
-              for (int j = 0; j < kAtOnce; ++j)
+            for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                  x[j][i] = places[j * kRowPlaces + (i * 32 + lane ^ (first + j) % 4 * 2)];
+              for (int i = 0; i < 2; ++i)
+                x[j][i] = places[j * kRowPlaces + (i * 32 + lane ^ (first + j) % 4 * 2)];
 #pragma unroll
-              for (int j = 0; j < kAtOnce; ++j) {
-                const float factor = __shfl_sync(0xffffffffu, own_stats.x, first + j);
-                partials.write(last.state_row + first_row + first + j, group * 32 + lane, x[j][0], x[j][1],
-                               factor, __shfl_sync(0xffffffffu, own_stats.y, first + j),
-                               first + j < rows_left);
-              }
-            }
-          };
-          if constexpr (kShares) {
-            write(staging + first_row * kRowPlaces, 0, kWarpRows);
-          } else {
-            // One loop for both halves: to fetch code that has not been run takes longer than to run it.
-#pragma unroll 1
-            for (int half = 0; half * 8 < min(rows_left, 16); ++half) {
-              if (half == 0) {
-                stage_rows(0, 0);
-              } else {
-                stage_rows(1, 0);
-              }
-              __syncwarp();
-              write(staging, half * 8, half * 8 + 8);
-              __syncwarp();
+            for (int j = 0; j < kAtOnce; ++j) {
+              const float factor = __shfl_sync(0xffffffffu, own_stats.x, first + j);
+              partials.write(last.state_row + first_row + first + j, group * 32 + lane, x[j][0], x[j][1],
+                             factor, __shfl_sync(0xffffffffu, own_stats.y, first + j), first + j < rows_left);
             }
           }
         }
