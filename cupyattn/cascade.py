@@ -142,7 +142,7 @@ def cascade_decode(
     )
     if validate:
         _validate(as_cache(operands[-6]), levels, first.shape[0], workspace, window_left)
-    options = window_left, sm_scale, logits_soft_cap, return_lse, pdl
+    options = window_left, sm_scale, logits_soft_cap, bool(return_lse), pdl
     out, lse = plan.run(operands, pointers, options, launches)
     return (out, lse) if return_lse else out
 

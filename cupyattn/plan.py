@@ -17,7 +17,7 @@ import numpy as np
 from cupyattn import checks
 
 _MAX_PLANS = 4096  # of changing shapes; a plan is about 1 KiB
-_MAX_PLACES = 4096  # that calls came with, about 1 KiB each
+_MAX_PLACES = 4096  # that calls came with, about 1 KiB each, and some 2 KiB for each launch that is kept
 _NUMPY_TYPES = (np.ndarray, np.generic)
 
 

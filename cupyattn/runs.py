@@ -355,7 +355,7 @@ def decode_workspace(device: int | None = None, *, num_bytes: int = 0) -> Any:
     Returns
     -------
     cupy.ndarray, uint8
-        About 28 MB on an H100.
+        About 29 MB on an H100.
 
     Raises
     ------

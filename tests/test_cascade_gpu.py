@@ -102,7 +102,7 @@ def test_every_structure_with_every_group_size(xp, group_size):
 @pytest.mark.parametrize("factor", [2.0**114, 2.0**-100])
 @pytest.mark.parametrize("head_dim", [64, 112])
 def test_values_that_float16_cannot_hold(xp, head_dim, factor):
-    """Partial states are float16 numbers with a factor for each line."""
+    """Partial states are float16 numbers with a factor for several lines."""
     for name in STRUCTURES:
         cascade = build(xp, name, group_size=8, head_dim=head_dim, dtype="bfloat16")
         v = cascade.problem.writable()[1]

@@ -486,7 +486,7 @@ class Kernel:
     def _set_attribute(self, attribute: int, value: int) -> None:
         with self.on_device():
             status = driver().cuFuncSetAttribute(ctypes.c_void_p(self.function), attribute, value)
-            if status == _INVALID_CONTEXT:  # as in Launcher.launch_plain
+            if status == _INVALID_CONTEXT:  # as in Launcher.launch
                 self.make_context_current()
                 status = driver().cuFuncSetAttribute(ctypes.c_void_p(self.function), attribute, value)
         if status:
