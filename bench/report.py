@@ -49,8 +49,10 @@ product where that is more (MLA of many query rows); *cold* the whole call in a 
 larger than the L2 cache, which is what all rules judge; *PDL* the same with `pdl=True`, for callers whose kernel ahead
 does not write lengths and tables (any launch begins before that one has ended, so a part of its latency is hidden
 behind work that is not its own; this one also reads them before); *warm* a graph over one input; *eager* a Python
-loop, wall clock. The columns from *must* on hold a row's value for each rule: **bold** is missed, plain is met, empty
-is a row of which the rule does not speak. *paged* is judged by its mean only. Rules are stated for head_dim 64, 128
+loop, wall clock; *host* what a call costs the host alone, in the quietest of 40 spells a tenth of a second apart (what
+else runs there makes it up to twice as long for as long; the record has the median, too). The columns from *must* on
+hold a row's value for each rule: **bold** is missed, plain is met, empty is a row of which the rule does not speak.
+*paged* is judged by its mean only. Rules are stated for head_dim 64, 128
 and 256 and groups of 1, 4, 7, 8 and 16; rows outside are judged too.
 
 Of cascades, *MB* counts once what requests share, and *floor* is these bytes over the roof, or the operations over half

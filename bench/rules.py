@@ -221,7 +221,7 @@ RULES = (
         "HND/NHD", "time in HND / in NHD", 1.03, lambda c: c.over_twin(c.config.layout == "HND", layout="NHD")
     ),
     Rule("ragged", "share of the roof, ragged, from 256 MB on", 0.92, _ragged_of_roof, at_least=True),
-    Rule("host", "host us of a call", 12.0, lambda c: c.row.get("host_us")),
+    Rule("host", "host us of a call, in the quietest of 40 spells", 12.0, lambda c: c.row.get("host_us")),
     Rule(
         "MLA must", "time / (1.05 floor + 7 us), up to 64 query rows", 1.0, _few_rows(1.05, 7), of=MLAConfig
     ),

@@ -7,7 +7,8 @@ cold    a CUDA graph of launches that rotate over input sets which together exce
         `cascade`) is read in the same way
 warm    a CUDA graph of launches over one set
 eager   a plain Python loop over the sets, wall clock, so host time counts where it is longer than device time
-host    the same loop without the wait at its end: what a call costs the host that makes it (of a cascade `levels`)
+host    the same loop without the wait at its end: what a call costs the host that makes it (of a cascade `levels`);
+        of `decode` in the quietest of 40 spells
 
 Graphs are replayed back to back, with one pair of events around each replay. One that holds few launches is
 padded with further rounds of the same rotation, because the start of a graph costs microseconds of its own.
@@ -223,6 +224,18 @@ def eager_us(launches: Sequence[Launch], stream: Any, calls: int, loops: int = 5
         times.append((time.perf_counter() - start) * 1e6 / calls)
     stream.synchronize()
     return statistics.median(times)
+
+
+def host_us(launches: Sequence[Launch], stream: Any, calls: int, spells: int = 40) -> tuple[float, float]:
+    """Host time per call: of the quietest of `spells`, a tenth of a second apart, and of the one in the middle.
+
+    What others do on the host makes calls take half as long again, or twice as long, for tenths of a second.
+    """
+    times = []
+    for _ in range(spells):
+        times.append(eager_us(launches, stream, calls, wait=False))
+        time.sleep(0.1)
+    return min(times), statistics.median(times)
 
 
 def _checked_cold_us(
