@@ -311,6 +311,32 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         return;
       }
     }
+    constexpr int kWarpRowsAtOnce = 32 / QueryLayout::kRowChunks;
+    constexpr int kRowsOfWarp = kTileQ / kWarps;
+    if constexpr ((kIsCascade || kTileQ > 16) && kHeads == 1 && 32 % QueryLayout::kRowChunks == 0 &&
+                  kRowsOfWarp % kWarpRowsAtOnce == 0) {
+      // A lane finds one of the warp's rows, as where it lies may have to be read from memory.
+      const int own = lane / kWarpRowsAtOnce * kRowsAtOnce + warp * kWarpRowsAtOnce + lane % kWarpRowsAtOnce;
+      const T* own_source = nullptr;
+      if (lane < kRowsOfWarp && own < num_rows) {
+        const int token = group.divide(first_row + own);
+        const int head = (first_head + load.kv_head) * group_size + group.modulo(first_row + own, token);
+        own_source =
+            q + problem.row_of(load.request.qo_begin + token) * q_stride_token + head * q_stride_head;
+      }
+      const int chunk = lane % QueryLayout::kRowChunks;
+      const int row_at_once = lane / QueryLayout::kRowChunks;
+#pragma unroll
+      for (int i = 0; i < kTileQ / kRowsAtOnce; ++i) {
+        const u64 source =
+            __shfl_sync(0xffffffffu, reinterpret_cast<u64>(own_source), i * kWarpRowsAtOnce + row_at_once);
+        const int slot = i * kRowsAtOnce + warp * kWarpRowsAtOnce + row_at_once;
+        const T* row = reinterpret_cast<const T*>(source);
+        cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source != 0 ? row + chunk * 8 : q,
+                    source != 0);
+      }
+      return;
+    }
 #pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
     for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
       const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
