@@ -177,14 +177,12 @@ def choose_num_parts(num_kv_heads: int, num_tiles: int, num_ctas: int, num_sms: 
     """Choose how many parts the KV heads are cut into, which CTAs walk side by side, as many through each.
 
     So the rows of several heads, which lie next to each other, are read at about the same time, and DRAM is faster by
-    1%. Any power of two that divides `num_kv_heads` is right; of `num_ctas`, those beyond a multiple of it are left
-    out, up to 3%. Two heads gain nothing, nor do fewer `num_tiles` (of 64 keys, of all heads), most of which are read
-    at once anyway.
+    1%. Any power of two that divides `num_kv_heads` and `num_ctas` is right. Two heads gain nothing, nor do fewer
+    `num_tiles` (of 64 keys, of all heads), most of which are read at once anyway.
     """
     if num_tiles < _PART_TILES_PER_SM * num_sms:
         return 1
-    most = num_ctas // 32  # that are left out
-    return next(parts for parts in (8, 4, 1) if num_kv_heads % parts == 0 and num_ctas % parts <= most)
+    return next(parts for parts in (8, 4, 1) if num_kv_heads % parts == num_ctas % parts == 0)
 
 
 def _wide_config(arch: str, head_dim: int, rows: int) -> DecodeConfig | None:

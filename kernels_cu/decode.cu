@@ -316,7 +316,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     if constexpr ((kIsCascade || kTileQ > 16) && kHeads == 1 && 32 % QueryLayout::kRowChunks == 0 &&
                   kRowsOfWarp % kWarpRowsAtOnce == 0) {
       // A lane finds one of the warp's rows, as where it lies may have to be read from memory.
-      static_assert(kTileQ % kWarps == 0 && kRowsOfWarp <= 32);
       const int own = lane / kWarpRowsAtOnce * kRowsAtOnce + warp * kWarpRowsAtOnce + lane % kWarpRowsAtOnce;
       const T* own_source = nullptr;
       if (lane < kRowsOfWarp && own < num_rows) {
@@ -336,21 +335,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source != 0 ? row + chunk * 8 : q,
                     source != 0);
       }
-    } else {
+      return;
+    }
 #pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
-      for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
-        const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
-        const int chunk = (tid + i * kThreads) % QueryLayout::kRowChunks;
-        if (kChunks % kThreads != 0 && slot >= kTileQ) break;
-        const int row = row_of_slot(slot);
-        const bool exists = row < num_rows;
-        const int token = group.divide(first_row + row);
-        const int head = (first_head + load.kv_head) * group_size + group.modulo(first_row + row, token);
-        const T* source = exists ? q + problem.row_of(load.request.qo_begin + token) * q_stride_token +
-                                       head * q_stride_head + chunk * 8
-                                 : q;
-        cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source, exists);
-      }
+    for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
+      const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
+      const int chunk = (tid + i * kThreads) % QueryLayout::kRowChunks;
+      if (kChunks % kThreads != 0 && slot >= kTileQ) break;
+      const int row = row_of_slot(slot);
+      const bool exists = row < num_rows;
+      const int token = group.divide(first_row + row);
+      const int head = (first_head + load.kv_head) * group_size + group.modulo(first_row + row, token);
+      const T* source = exists ? q + problem.row_of(load.request.qo_begin + token) * q_stride_token +
+                                     head * q_stride_head + chunk * 8
+                               : q;
+      cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source, exists);
     }
   };
 
