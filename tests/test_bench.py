@@ -592,6 +592,20 @@ def test_host_time_does_not_wait_for_the_device() -> None:
     assert events == ["wait", *["launch"] * 3] * 2 + ["wait"]
 
 
+def test_host_time_is_that_of_the_quietest_spell(monkeypatch: pytest.MonkeyPatch) -> None:
+    spells, waits = iter([9.0, 15.0, 8.0, 14.0, 10.0]), []
+
+    def eager_us(launches: Any, stream: Any, calls: int, wait: bool) -> float:
+        assert (launches, stream, calls, wait) == (["launch"], "stream", 7, False)
+        return next(spells)
+
+    monkeypatch.setattr(timing, "eager_us", eager_us)
+    monkeypatch.setattr(timing.time, "sleep", waits.append)
+    launches: Any = ["launch"]
+    assert timing.host_us(launches, "stream", calls=7, spells=5) == (8.0, 10.0)
+    assert waits == [0.1] * 5
+
+
 def test_measure_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cupy", None)  # any look at a clock would fail otherwise
 
