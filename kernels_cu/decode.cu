@@ -1,7 +1,8 @@
 // GQA/MQA/MHA decode attention over a paged KV cache, in one launch.
 //
-// Grid: as many CTAs as fit on the device (persistent). Each takes an equal, contiguous run of KV tiles
-// (schedule.cuh) through a ring of kStages shared-memory tiles; copies run ahead across groups and requests.
+// Grid: as many CTAs as fit on the device (persistent). Each takes a contiguous run of KV tiles, which costs as much as
+// the others' (schedule.cuh), through a ring of kStages shared-memory tiles; copies run ahead across groups and
+// requests.
 // kWarpsQ x kWarpsKV warps work on a tile of kTileQ query rows x kTileKV keys: warp (wq, wk) has its own
 // 8 * kRowBlocks rows and its own share of the keys, so that between two barriers of the ring warps do not
 // wait for each other. Everything is transposed, keys or dimensions as the 16 rows of an MMA and 8 query rows
@@ -13,7 +14,8 @@
 //   S = Q K^T         [rows, keys]   from shared memory; accumulators become the A operand of the next product
 //   O += P V          [rows, head_dim]
 // Where a segment (the tiles of a group that are in the run) ends, the warps' states are merged through shared
-// memory, or those of a warpgroup written from registers. What segments leave of a group over several CTAs, these merge when their runs are done (partials.cuh).
+// memory, or those of a warpgroup written from registers. What segments leave of a group over several CTAs, these merge
+// when their runs are done (partials.cuh).
 // With Levels, requests are the groups of all levels of a cascade (cascade.cuh).
 // A row of the tile is (query token, query head of the group): row = token * group_size + head.
 //
@@ -107,6 +109,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       "a pair has two blocks of rows, of one query token a request");
   // Queries stay in registers where there is room for them.
   constexpr bool kQueriesInRegisters = kDimSteps * kRowBlocks <= 16;
+  // After a segment's first keys, where a tile of these is so large that queries behind it are there in time.
+  constexpr bool kQueriesLast = kHeadDim > 128;
   // One chain of dependent MMAs would leave a tensor core idle most of the time.
   constexpr int kChains = kKeyBlocks * kRowBlocks == 1 ? 2 : 1;
 
@@ -114,10 +118,10 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(kUsesWgmma ? 1024 : 128) unsigned char smem[];
   __shared__ Problem::Note smem_notes[kIsCascade ? 1 : kThreads];
-  const auto problem =
+  auto problem = uneven<kFixedSplits ? 0 : 1, false>(
       problem_of(departures, smem, smem_notes, kThreads, PageTable{kv_indptr, kv_indices, table_row_stride},
                  num_table_entries, qo_indptr, kv_lens, batch_size, num_kv_heads, group, window_left,
-                 split_shift, max_splits, cascade...);
+                 split_shift, max_splits, cascade...));
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   const Partials<kHeadDim, kTileQ, kUsesWgmma> partials{partial_out, partial_flags};
@@ -287,20 +291,20 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     const int head_rows = group_size / kHeads;
     return row < head_rows ? row : 8 + row - head_rows;
   };
-  const auto copy_queries = [&](int buffer) {
+  const auto copy_queries = [&](const auto& at, int buffer) {
     constexpr int kChunks = kTileQ * QueryLayout::kRowChunks;
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
-    const int first_row = load.q_tile * kTileQ;
-    const int num_rows = load.request.qo_len * group_size - first_row;
+    const int first_row = at.q_tile * kTileQ;
+    const int num_rows = at.request.qo_len * group_size - first_row;
     constexpr int kRowsAtOnce = kThreads / QueryLayout::kRowChunks;
     if constexpr (kHeads == 1 && kHeadDim <= 128 && kTileQ > kRowsAtOnce &&
                   kThreads % QueryLayout::kRowChunks == 0) {
-      if (load.request.qo_len == 1) {  // rows are query heads, at equal distances
+      if (at.request.qo_len == 1) {  // rows are query heads, at equal distances
         const int row = tid / QueryLayout::kRowChunks;
         const int chunk = tid % QueryLayout::kRowChunks;
-        const int head = (first_head + load.kv_head) * group_size + first_row + row;
+        const int head = (first_head + at.kv_head) * group_size + first_row + row;
         const T* source =
-            q + problem.row_of(load.request.qo_begin) * q_stride_token + head * q_stride_head + chunk * 8;
+            q + problem.row_of(at.request.qo_begin) * q_stride_token + head * q_stride_head + chunk * 8;
         const i64 step = kRowsAtOnce * q_stride_head;
 #pragma unroll
         for (int i = 0; i < kTileQ / kRowsAtOnce; ++i) {
@@ -315,14 +319,14 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     constexpr int kRowsOfWarp = kTileQ / kWarps;
     if constexpr ((kIsCascade || kTileQ > 16) && kHeads == 1 && 32 % QueryLayout::kRowChunks == 0 &&
                   kRowsOfWarp % kWarpRowsAtOnce == 0) {
+      static_assert(kTileQ % kWarps == 0 && kRowsOfWarp <= 32);
       // A lane finds one of the warp's rows, as where it lies may have to be read from memory.
       const int own = lane / kWarpRowsAtOnce * kRowsAtOnce + warp * kWarpRowsAtOnce + lane % kWarpRowsAtOnce;
       const T* own_source = nullptr;
       if (lane < kRowsOfWarp && own < num_rows) {
         const int token = group.divide(first_row + own);
-        const int head = (first_head + load.kv_head) * group_size + group.modulo(first_row + own, token);
-        own_source =
-            q + problem.row_of(load.request.qo_begin + token) * q_stride_token + head * q_stride_head;
+        const int head = (first_head + at.kv_head) * group_size + group.modulo(first_row + own, token);
+        own_source = q + problem.row_of(at.request.qo_begin + token) * q_stride_token + head * q_stride_head;
       }
       const int chunk = lane % QueryLayout::kRowChunks;
       const int row_at_once = lane / QueryLayout::kRowChunks;
@@ -335,21 +339,21 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
         cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source != 0 ? row + chunk * 8 : q,
                     source != 0);
       }
-      return;
-    }
+    } else {
 #pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
-    for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
-      const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
-      const int chunk = (tid + i * kThreads) % QueryLayout::kRowChunks;
-      if (kChunks % kThreads != 0 && slot >= kTileQ) break;
-      const int row = row_of_slot(slot);
-      const bool exists = row < num_rows;
-      const int token = group.divide(first_row + row);
-      const int head = (first_head + load.kv_head) * group_size + group.modulo(first_row + row, token);
-      const T* source = exists ? q + problem.row_of(load.request.qo_begin + token) * q_stride_token +
-                                     head * q_stride_head + chunk * 8
-                               : q;
-      cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source, exists);
+      for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
+        const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;
+        const int chunk = (tid + i * kThreads) % QueryLayout::kRowChunks;
+        if (kChunks % kThreads != 0 && slot >= kTileQ) break;
+        const int row = row_of_slot(slot);
+        const bool exists = row < num_rows;
+        const int token = group.divide(first_row + row);
+        const int head = (first_head + at.kv_head) * group_size + group.modulo(first_row + row, token);
+        const T* source = exists ? q + problem.row_of(at.request.qo_begin + token) * q_stride_token +
+                                       head * q_stride_head + chunk * 8
+                                 : q;
+        cp_async_16(smem_tile + QueryLayout::offset(slot, chunk), source, exists);
+      }
     }
   };
 
@@ -404,11 +408,11 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   }
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have. In long runs not before the last
-  // copy, as the next kernel asks L2 for its first keys, too. In short ones at once, or, where no SM has room for one of
-  // its CTAs beside ours, when the last keys are there.
-  constexpr bool kSharesSMs = kCtasPerSM > 1;
+  // copy, as the next kernel asks L2 for its first keys, too. In short ones at once, or, where SMs have no room for its
+  // CTAs beside ours, and more than half of them have one of ours, when the last keys are there.
+  const bool has_room = kCtasPerSM > 1 || 2 * (partition.num_ctas << parts_log2) <= num_sms();
   const bool is_short = partition.quota < kStages;
-  if (reads_early || (is_short && kSharesSMs)) launch_dependents();
+  if (reads_early || (is_short && has_room)) launch_dependents();
   const Departures<TileInfo> ctas{departures, static_cast<u32>(partition.num_ctas << parts_log2)};
   if (tid == 0) ctas.start();
   clear();
@@ -427,7 +431,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     __syncthreads();  // the tile has landed; the stage read last is free; the rows in `slot` are there
 
     if (!load.done()) {
-      if (begins_segment) copy_queries(q_buffer);
+      if (begins_segment && !kQueriesLast) copy_queries(load, q_buffer);
       if constexpr (kIsCascade) {
         if (begins_segment && warp == 0) smem_positions.write(problem, load, q_buffer);
         if (begins_segment && window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
@@ -447,6 +451,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       const bool goes_on_first = problem.has_notes();
       if (goes_on_first) go_on();
       copy_tile(load_stage, slot, num_keys, num_hidden, policy);
+      if (begins_segment && kQueriesLast) copy_queries(copied, q_buffer);
       if (tid == 0) {
         TileInfo& tile = smem_tiles[load_stage];
         tile = TileInfo::of<partials.kRowLines>(copied, problem, partition, begins_segment, ends_segment,
@@ -476,7 +481,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       for (int step = 0; step < kDimSteps; ++step) load_q(q_frag[step], tile.q_buffer, step);
     }
 
-    if (ends_run && is_short && !kSharesSMs) launch_dependents();
+    if (ends_run && is_short && !has_room) launch_dependents();
     if (ends_run && tid == 0) smem_run_end.ask(ctas);
 
     // Called after S, as registers are scarce.

@@ -108,9 +108,9 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsD, 1)
   const Divisor heads{num_qo_heads, heads_multiplier, heads_shift};
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(128) unsigned char smem[];
-  const auto problem = problem_of(
+  auto problem = uneven<kFixedSplits ? 0 : 2, true>(problem_of(
       departures, smem, nullptr, 0, PageTable{kv_indptr, kv_indices, table_row_stride}, num_table_entries,
-      qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...);
+      qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift, max_splits, cascade...));
   const PageStrides ckv_strides{ckv_stride_page, ckv_stride_token, 0};
   const PageStrides kpe_strides{kpe_stride_page, kpe_stride_token, 0};
   const Partials<kCkvDim, kTileQ, true> partials{partial_out, partial_flags};

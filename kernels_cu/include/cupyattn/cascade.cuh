@@ -60,6 +60,7 @@ struct alignas(16) Node {
 // As Problem of schedule.cuh; `batch_size` counts nodes.
 struct CascadeProblem {
   static constexpr bool kIsCascade = true;
+  static constexpr bool kMayBeUneven = false;
 
   const Levels& levels;
   Node* nodes;  // [levels.num_nodes], in shared memory or, the same of all CTAs, in global
@@ -285,6 +286,20 @@ __device__ __forceinline__ CascadeProblem problem_of(void* workspace, void* smem
   Node* nodes = reinterpret_cast<Node*>(memory + levels.nodes_offset);
   return {levels, nodes, levels.num_nodes, num_kv_heads, group_size, window_left, levels.group_overhead,
           0,      0};
+}
+
+// The same, of groups that may count for what they cost (UnevenProblem); but for levels, and with kMost == 0.
+template <int kMost, bool kLengthensRuns>
+__device__ __forceinline__ auto uneven(const Problem& problem) {
+  if constexpr (kMost == 0) {
+    return problem;
+  } else {
+    return UnevenProblem<kMost, kLengthensRuns>{problem, 0};
+  }
+}
+template <int kMost, bool kLengthensRuns>
+__device__ __forceinline__ CascadeProblem uneven(const CascadeProblem& problem) {
+  return problem;
 }
 
 // In shared memory, for kBuffers segments: where each row of the query tile stands, if that matters, and which keys all

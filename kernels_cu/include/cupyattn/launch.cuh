@@ -12,6 +12,8 @@
 // much later, is a matter of speed: the next one's first keys are then asked for, beside what this one is still asking for.
 #pragma once
 
+#include "cupyattn/types.cuh"
+
 namespace cupyattn {
 
 #if __CUDA_ARCH__ >= 900
@@ -33,6 +35,13 @@ __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// SMs of the device, at least.
+__device__ __forceinline__ u32 num_sms() {
+  u32 count;
+  asm("mov.u32 %0, %%nsmid;" : "=r"(count));
+  return count;
 }
 
 }  // namespace cupyattn

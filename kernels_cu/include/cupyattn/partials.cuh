@@ -5,8 +5,9 @@
 // and no barrier, and merge what is there while they wait for the rest.
 //
 // A *line* is 32 columns of a row, half_t with a common factor (64 bytes, four lanes with 16 each), and a word of 64 bits,
-// its *flag*: the row's lse, and that factor, which other lines of the row may have in common. The CTAs that share a group share its lines. Each takes its own when its run
-// is done; it reads them in all states of the group and sets them back to zero, so that a captured graph can be replayed.
+// its *flag*: the row's lse, and that factor, which other lines of the row may have in common. The CTAs that share a
+// group share its lines. Each takes its own when its run is done; it reads them in all states of the group and sets
+// them back to zero, so that a captured graph can be replayed.
 //
 // Of large states that would cost too much: every word is written twice and asked for more than once. There a line is 64
 // columns, and its flag alone is such a word; what it stands for is written before, and need not be zero at first
@@ -218,7 +219,7 @@ struct FlaggedPartials {
 // Where the states of one group lie: state j in slot first + j * step, but for state 0.
 struct GroupSlots {
   int first;
-  int step;  // 2 where the slots are CTAs', as lines number them: 2c of the group that CTA c enters halfway, 2c + 1 of the one it leaves
+  int step;  // 2 where the slots are CTAs': 2c of the group that CTA c enters halfway, 2c + 1 of the one it leaves
   int num_partials;
 
   __device__ __forceinline__ int slot(int j) const { return first + (j == 0 ? step - 1 : j * step); }
@@ -315,7 +316,7 @@ struct Departures {
 // The states of a group as merge_lines asks for them, line by line.
 template <typename Partials>
 struct GroupStates {
-  // Whether a line is set back to zero as soon as it has been read, or when the result has been written.
+  // Whether all lines are set back to zero as soon as they have been read, or (most) when the result has been written.
   static constexpr bool kClearsAtOnce = false;
   static constexpr bool kMayBeNone = false;  // of a line
 
@@ -391,6 +392,10 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
     const int own_line = min(line, end_line - 1);
     exists = states.enter(own_line, exists);
     const int num_states = states.count();
+    // Two states of a line are cleared where they are read, for heads of 256: with narrower ones that took longer. Not
+    // if several warps share them: states that do not exist are read as the last one, and others may still wait for it.
+    const bool clears_at_once =
+        States::kClearsAtOnce || (kHeadDim == 256 && !wide && states.most() <= 2 * stride);
     const int dim = Slots::first_dim(static_cast<u32>(own_line) % Slots::kRowLines * 4 + lane % 4);
     decltype(find(0, 0)) target;
     const auto find_target = [&]() {
@@ -452,7 +457,7 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
         }
         ask();
       }
-      if (States::kClearsAtOnce && exists) {
+      if ((States::kClearsAtOnce || kCount == 2) && clears_at_once && exists) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           if (begin + j * stride >= num_states) break;
@@ -529,7 +534,7 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
     }
     // All who read the line have what they need.
     __syncwarp();
-    if (!States::kClearsAtOnce && exists) {
+    if (!clears_at_once && exists) {
 #pragma unroll 1
       for (int j = part; j < num_states; j += stride) {
         clear(states.line_at(states.template find_lines<1>(j, stride, own_line), 0));

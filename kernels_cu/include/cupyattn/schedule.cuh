@@ -28,10 +28,12 @@
 // have as many tiles, runs are of whole groups if those are few more tiles than equal runs would be: 128 groups of 64
 // tiles on 132 CTAs are 128 runs of 64, not 130 of 63 and one of 2.
 //
-// A group's queries and states cost something, too. A cascade's, of which a run in a prefix has one and a run in
-// requests' own keys has many, have units for that before those of their tiles (CascadeProblem::group_overhead).
+// A group's queries and states cost something, too. For that, groups may have units before those of their tiles: those
+// of a cascade, of which a run in a prefix has one and a run in requests' own keys many
+// (CascadeProblem::group_overhead), and those of requests that differ, of which a run in a long one has one and a run
+// in short ones several (UnevenProblem).
 //
-// Units are counted in 32 bits: a step of up to 2^31 tiles (1 M keys x 128 KV heads x 1000 requests).
+// Units are counted in 32 bits: a step of up to kMostUnits tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
 #pragma once
 
@@ -43,13 +45,15 @@
 
 namespace cupyattn {
 
+constexpr u32 kMostUnits = 0x7fffffff;
 constexpr int kMostKeys = 1 << 20;  // that are believed of a request before the kernel before is done
 
 // What of a step decides the work: the same on every CTA. What follows takes a cascade's too (cascade.cuh), where
 // requests are the groups of all levels.
 struct Problem {
   static constexpr bool kIsCascade = false;
-  static constexpr int group_overhead = 0;  // see CascadeProblem
+  static constexpr int group_overhead = 0;     // see CascadeProblem
+  static constexpr bool kMayBeUneven = false;  // see UnevenProblem
 
   PageTable pages;
   int num_table_entries;  // of kv_indices, to prefetch, and to be guessed from
@@ -131,6 +135,22 @@ struct Problem {
     const Note note = notes[b];
     pages_of_request = pages.kv_indptr != nullptr ? pages.kv_indices + note.first_entry : pages.pages_of(b);
     return Request(note.qo_begin, note.qo_len, note.kv_len, window_left);
+  }
+};
+
+// The same where not all requests need have as many tiles. If they have not, a group counts for up to `kMost` tiles
+// more, half of a run's at most; without kLengthensRuns, only if runs are no longer for it, as the last one is shorter
+// than the others.
+template <int kMost, bool kLengthensRuns>
+struct UnevenProblem : Problem {
+  static constexpr bool kMayBeUneven = true;
+  int group_overhead;  // as CascadeProblem's, but found by begin_run
+
+  // Of `num_groups` groups and `total` tiles, in runs of `quota`.
+  static __device__ __forceinline__ int overhead_of(int num_groups, int total, int quota, int max_ctas) {
+    const int overhead = min(kMost, quota / 2);
+    const u32 most = kLengthensRuns ? kMostUnits : min(static_cast<u32>(quota) * max_ctas, kMostUnits);
+    return static_cast<u64>(num_groups) * overhead <= most - total ? overhead : 0;
   }
 };
 
@@ -378,11 +398,12 @@ struct OwnRequest {
 // begins tells the others where that is. What it says, it has loaded with the lengths (`own`): for up to kThreads
 // requests there is one round trip to memory. What can be known before the lengths or the sum, is.
 template <int kThreads, int kTileKV, int kTileQ, bool kFixedSplits, bool kQTilesOutermost, typename Problem>
-__device__ __forceinline__ bool begin_run(const Problem& problem,
+__device__ __forceinline__ bool begin_run(Problem& problem,
                                           const OwnRequest<Request<kTileKV, kTileQ, kFixedSplits>>& own,
                                           Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
                                           Partition& partition, bool in_pairs, int cta, int max_ctas) {
   __shared__ Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost> smem_cursor;
+  __shared__ int smem_first_units;  // of the first request
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
   const Reciprocal by_max_ctas(max_ctas);
   const int stride = ceil_div(problem.batch_size, kThreads);
@@ -395,6 +416,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     return Traits::of(request.num_q_tiles(problem), request.num_tiles());
   };
   Traits traits = Traits::of(0, 1);
+  if constexpr (Problem::kMayBeUneven) problem.group_overhead = 0;
   int units = 0;
   Reciprocal by_group_units(1);
   if (first_request < end_request) {
@@ -405,6 +427,7 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     if (kQTilesOutermost) traits = traits_of(cursor.request);
     problem.note(first_request, cursor.request, cursor.pages);
     by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
+    if (Problem::kMayBeUneven && threadIdx.x == 0) smem_first_units = units;
   }
 #pragma unroll 1
   for (int b = first_request + 1; b < end_request; ++b) {
@@ -418,18 +441,46 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
   int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, traits, num_threads);
   problem.template place<OneRequest>(first_request, end_request, end - units);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
-  partition = Partition(cta, total, by_max_ctas, 1, problem.group_overhead + 1);  // every run has a tile
   bool has_more_q_tiles = kQTilesOutermost && (traits.bits & Traits::kHasMoreQTiles) != 0;
   const int num_q_tiles = traits.q_tiles();
-  if (has_more_q_tiles && (traits.bits & Traits::kDiffersInQTiles) == 0 &&
-      num_q_tiles <= min(kMaxParts, max_ctas)) {
-    has_more_q_tiles = false;
-    partition = Partition(cta, static_cast<u32>(total) / static_cast<u32>(num_q_tiles),
-                          Reciprocal(max_ctas / num_q_tiles), num_q_tiles);
-  }
+  const bool in_parts = has_more_q_tiles && (traits.bits & Traits::kDiffersInQTiles) == 0 &&
+                        num_q_tiles <= min(kMaxParts, max_ctas);
+  if (in_parts) has_more_q_tiles = false;
+  const auto cut = [&]() {
+    partition =
+        in_parts ? Partition(cta, static_cast<u32>(total) / static_cast<u32>(num_q_tiles),
+                             Reciprocal(max_ctas / num_q_tiles), num_q_tiles)
+                 : Partition(cta, total, by_max_ctas, 1, problem.group_overhead + 1);  // every run has a tile
+  };
+  cut();
   if (kQTilesOutermost && (traits.bits & Traits::kDiffersInTiles) == 0) {
     // About what a CTA's partial states cost; in a long run, whole groups are read somewhat faster too.
     partition.align(traits.tiles(), 4 + partition.quota / 32);
+  }
+  if constexpr (Problem::kMayBeUneven) {
+    // If all requests have as many groups: then it is known how many come before. Without Traits, requests of which the
+    // first has as many tiles as there are on average are taken for equal.
+    int groups = problem.num_kv_heads;
+    bool is_uneven;
+    if constexpr (kQTilesOutermost) {
+      groups *= num_q_tiles;
+      is_uneven =
+          (traits.bits & (Traits::kDiffersInTiles | Traits::kDiffersInQTiles)) == Traits::kDiffersInTiles &&
+          num_q_tiles < Traits::kMostQTiles;
+    } else {
+      groups *= OneRequest(0, 1, 0, -1).num_q_tiles(problem);
+      is_uneven =
+          problem.qo_indptr == nullptr && static_cast<u32>(smem_first_units) * problem.batch_size != total;
+    }
+    if (is_uneven) {
+      const int num_groups = problem.batch_size * groups;
+      problem.group_overhead = problem.overhead_of(num_groups, total, partition.quota, max_ctas);
+      units += max(end_request - first_request, 0) * groups * problem.group_overhead;
+      end += end_request * groups * problem.group_overhead;
+      total += num_groups * problem.group_overhead;
+      by_group_units = Reciprocal(by_group_units.value + problem.group_overhead);
+      cut();
+    }
   }
   int cta_in_part = cta;
   cursor.q_tile = 0;
@@ -487,7 +538,8 @@ __device__ __forceinline__ bool begin_run(const Problem& problem,
     const u32 group = by_group_units.divide(unit_in_request);
     const int unit_in_group = unit_in_request - group * by_group_units.value;
     cursor.tile = max(unit_in_group - problem.group_overhead, 0) << (kFixedSplits ? problem.unit_shift : 0);
-    if (Problem::kIsCascade) cursor.unit += max(problem.group_overhead - unit_in_group, 0);
+    if (Problem::kIsCascade || Problem::kMayBeUneven)
+      cursor.unit += max(problem.group_overhead - unit_in_group, 0);
     cursor.kv_head = group;
     if (!kQTilesOutermost) {
       const u32 num_q_tiles = cursor.request.num_q_tiles(problem);
@@ -514,9 +566,9 @@ enum Beginning { kNoRun, kFound, kGuessed };
 template <int kThreads, bool kGuesses, bool kAsksEarly, int kTileKV, int kTileQ, bool kFixedSplits,
           bool kQTilesOutermost, typename Problem, typename AskForKeys, typename LookAgain>
 __device__ __forceinline__ Beginning
-guess_run(const Problem& problem, bool reads_early,
-          Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor, Partition& partition,
-          const AskForKeys& ask_for_keys, const LookAgain& look_again, bool in_pairs, int cta, int max_ctas) {
+guess_run(Problem& problem, bool reads_early, Cursor<kTileKV, kTileQ, kFixedSplits, kQTilesOutermost>& cursor,
+          Partition& partition, const AskForKeys& ask_for_keys, const LookAgain& look_again, bool in_pairs,
+          int cta, int max_ctas) {
   using OneRequest = Request<kTileKV, kTileQ, kFixedSplits>;
   using Own = OwnRequest<OneRequest>;
   constexpr int kLongRun = 5;  // tiles
