@@ -241,7 +241,7 @@ def _cascade(args: argparse.Namespace) -> int:
         config = cascade_config(args.arch, args.head_dim, sizes)
         num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
     max_ctas = config.ctas_per_sm * args.num_sms
-    overhead, parts = 0, 1
+    overhead, parts = None, 1  # as `decode` chooses
     if is_plain:
         parts = choose_num_parts(args.num_kv_heads // config.heads, num_tiles, max_ctas, args.num_sms)
     else:

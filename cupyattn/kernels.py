@@ -34,8 +34,9 @@ _PART_TILES_PER_SM = 16
 _WIDE_TILES_PER_SM = {8: 12, 16: 6}
 #: And of a request and a KV head, on average: the last tile of each is not full.
 _WIDE_TILES_PER_GROUP = 8
-#: The same, above which three stages are faster than two with up to 8 rows.
+#: The same, above which three stages are faster than two: with up to 8 rows of 128 columns, with up to 16 of 256.
 _LONG_TILES_PER_SM = 128
+_LONG_WIDE_TILES_PER_SM = 48
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def decode_config(
         is_long = rows <= 8 and (num_tiles or 0) > _LONG_TILES_PER_SM * num_sms
         ctas_and_stages = [(2, 3 if is_long else 2)]
     else:
-        ctas_and_stages = [(2, 2), (1, 2)] if rows <= 16 else []
+        is_long = head_dim == 256 and (num_tiles or 0) > _LONG_WIDE_TILES_PER_SM * num_sms
+        ctas_and_stages = [(2, 2), (1, 3 if is_long else 2)] if rows <= 16 else []
     ctas_and_stages += itertools.product((2, 1), (4, 3, 2))  # where there is less shared memory
     for shape, (num_ctas, num_stages) in itertools.product(shapes, ctas_and_stages):
         config = DecodeConfig(*shape, num_stages, num_ctas)
@@ -202,8 +204,9 @@ def _pair_config(arch: str, head_dim: int) -> DecodeConfig | None:
 
 def decode_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
     """All that `decode_config` can choose."""
+    most = max(_LONG_TILES_PER_SM, _LONG_WIDE_TILES_PER_SM) + 1
     configs = [decode_config(arch, head_dim, rows) for rows in (8, 16, 32, 33)]
-    configs += [decode_config(arch, head_dim, rows, _LONG_TILES_PER_SM + 1) for rows in (8, 16, 32)]
+    configs += [decode_config(arch, head_dim, rows, most) for rows in (8, 16, 32)]
     pairs = _pair_config(arch, head_dim)
     return tuple(dict.fromkeys((*configs, pairs) if pairs is not None else configs))
 

@@ -1,4 +1,4 @@
-"""Which CTA of a decode step reads which keys of which request: the partition of ``schedule.cuh``, on the host.
+"""Which CTA of `decode` reads which keys of which request: the partition of ``schedule.cuh``, on the host.
 
 Kernels find their own place on the line and need nothing of this. It is here to look at a schedule, and to test the
 rule without a GPU.
@@ -184,7 +184,7 @@ def decode_schedule(
     qo_lens: Sequence[int] | np.ndarray | None = None,
     window_left: int = -1,
     fixed_split_size: int | None = None,
-    group_overhead: int = 0,
+    group_overhead: int | None = None,
     num_parts: int = 1,
 ) -> list[Segment]:
     """Say which CTA of a decode step reads which keys.
@@ -210,8 +210,9 @@ def decode_schedule(
         Batch-invariant mode: every group is cut each so many tokens (`tile_kv` times a power of two), counted from
         the first key that its request sees, and runs are of whole splits. So where a request is cut does not
         depend on its neighbours, nor on `max_ctas`. By default cuts are where runs end.
-    group_overhead : int
-        Tiles that a group counts for besides its own, see `choose_group_overhead`; only without fixed splits.
+    group_overhead : int, optional
+        Tiles that a group counts for besides its own, for its queries and its states; only without fixed splits. By
+        default what `decode` chooses (see `uneven_group_overhead`); for cascades see `choose_group_overhead`.
     num_parts : int
         Parts of the KV heads, each of which has a line and an equal share of the CTAs for itself, every `num_parts`-th;
         only without fixed splits.
@@ -263,7 +264,9 @@ def decode_schedule(
             f"decode_schedule: fixed_split_size must be tile_kv times a power of two, "
             f"got {unit_size} with tile_kv = {tile_kv}"
         )
-    if operator.index(group_overhead) < 0 or (fixed_splits and group_overhead):
+    if operator.index(0 if group_overhead is None else group_overhead) < 0 or (
+        fixed_splits and group_overhead
+    ):
         raise ValueError(
             f"decode_schedule: group_overhead must be 0 or more, and 0 with fixed splits, got {group_overhead}"
         )
@@ -294,28 +297,31 @@ def decode_schedule(
     requests = [
         Request(qo_len, kv_len, window_left) for qo_len, kv_len in zip(all_qo_lens, all_kv_lens, strict=True)
     ]
-    total = sum(
-        request.num_units(**counts, unit_size=unit_size, group_overhead=group_overhead)
-        for request in requests
-    )
+    num_units = [request.num_units(**counts, unit_size=unit_size) for request in requests]
+    num_groups = sum(num_kv_heads * request.num_q_tiles(group_size, tile_q) for request in requests)
+    total = sum(num_units) + (group_overhead or 0) * num_groups
     if total > _MAX_UNITS:
         units = "splits" if fixed_splits else "tiles"
         raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 {units}, got {total}")
+    if group_overhead is None:
+        is_weighed = qo_lens is None and not fixed_splits
+        group_overhead = uneven_group_overhead(num_units, num_groups, max_ctas) if is_weighed else 0
+        total += group_overhead * num_groups
     partition = Partition.of(total, max_ctas, group_overhead + 1)  # every run has a tile
     segments = []
     unit = 0
     for request_idx, request in enumerate(requests):
-        num_units = request.num_units_in_group(unit_size)
+        in_group = request.num_units_in_group(unit_size)
         num_q_tiles = request.num_q_tiles(group_size, tile_q)
         for kv_head, q_tile in itertools.product(range(num_kv_heads), range(num_q_tiles)):
             group_begin = unit + group_overhead
-            unit, group_end = group_begin, group_begin + num_units
+            unit, group_end = group_begin, group_begin + in_group
             while unit < group_end:
                 cta = partition.cta_of(unit)
                 end = unit + 1 if fixed_splits else min(partition.begin(cta + 1), group_end)
                 kv_begin = request.kv_begin + (unit - group_begin) * unit_size
                 kv_end = min(request.kv_begin + (end - group_begin) * unit_size, request.kv_len)
-                complete = end - unit == num_units
+                complete = end - unit == in_group
                 segments.append(Segment(cta, request_idx, kv_head, q_tile, kv_begin, kv_end, complete))
                 unit = end
     return segments
@@ -330,7 +336,7 @@ def cascade_schedule(
     tile_q: int,
     max_ctas: int,
     window_left: int = -1,
-    group_overhead: int = 0,
+    group_overhead: int | None = None,
     num_parts: int = 1,
 ) -> list[Segment]:
     """Say which CTA of a cascade reads which keys: on its line, the groups of all levels are the requests.
@@ -339,7 +345,8 @@ def cascade_schedule(
     ----------
     levels : CascadeLevels
     num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left, group_overhead, num_parts
-        As for `decode_schedule`. With several levels, kernels know no parts.
+        As for `decode_schedule`. With several levels, kernels know no parts, and `group_overhead` is 0 by default; a
+        single one is plain decode.
 
     Returns
     -------
@@ -373,11 +380,44 @@ def cascade_schedule(
         # Without keys a group is nothing, but a request's result must be written.
         qo_lens.append(tokens if number == levels.num_levels else np.where(lens > 0, tokens, 0))
         kv_lens.append(lens)
+    is_plain = levels.num_levels == 1 and levels.levels[0][1] is None and levels.q_indices is None
     return decode_schedule(
-        np.concatenate(kv_lens), qo_lens=np.concatenate(qo_lens), num_kv_heads=num_kv_heads, group_size=group_size,
-        tile_kv=tile_kv, tile_q=tile_q, max_ctas=max_ctas, window_left=window_left, group_overhead=group_overhead,
-        num_parts=num_parts,
+        np.concatenate(kv_lens), num_kv_heads=num_kv_heads, group_size=group_size, tile_kv=tile_kv, tile_q=tile_q,
+        max_ctas=max_ctas, qo_lens=None if is_plain else np.concatenate(qo_lens), window_left=window_left,
+        group_overhead=group_overhead, num_parts=num_parts,
     )  # fmt: skip
+
+
+def uneven_group_overhead(num_tiles: Sequence[int], num_groups: int, max_ctas: int) -> int:
+    """Return what a group of `decode` counts for besides its tiles: 1 or 0, as its kernels choose.
+
+    All runs load queries and leave a state. One that goes on to another group does so twice, and is done later than one
+    inside a long request. So where requests differ, groups count for a tile more, if no run is longer for it. (Of the
+    requests, kernels look at the first and at the sum.)
+
+    Parameters
+    ----------
+    num_tiles : sequence of int, shape [batch_size]
+        Tiles of all groups of each request.
+    num_groups : int
+        Of all requests, each of which has as many.
+    max_ctas : int
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    Runs of 3 tiles hold up to 12; equal requests are cut where they end, if that is where runs do:
+
+    >>> [uneven_group_overhead(num_tiles, 2, 4) for num_tiles in ([8, 2], [9, 2], [5, 5])]
+    [1, 0, 0]
+    """
+    total = sum(num_tiles)
+    quota = _ceil_div(total, max_ctas)
+    is_uneven = len(num_tiles) > 0 and num_tiles[0] * len(num_tiles) != total
+    return int(is_uneven and quota > 1 and total + num_groups <= min(quota * max_ctas, _MAX_UNITS))
 
 
 def choose_group_overhead(most: int, num_tiles: int, max_ctas: int) -> int:

@@ -55,6 +55,7 @@ import cupyattn
 from cupyattn import kernels
 from cupyattn.runs import is_zeroed
 from cupyattn.runtime.device import device_properties
+from cupyattn.schedule import uneven_group_overhead
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000"))
 DTYPES = ("float16", "bfloat16")
@@ -271,6 +272,46 @@ def test_more_requests_than_threads(xp, batch, ragged):
             kv_lens, qo_lens=qo_lens, head_dim=head_dim, num_kv_heads=1, group_size=8, xp=xp
         )
         check(problem, (batch, head_dim))
+
+
+@pytest.mark.parametrize("window_left", [-1, 150])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group_size", "head_dim"), [(1, 8, 128), (2, 5, 256), (3, 40, 64), (1, 1, 80)]
+)
+def test_requests_that_differ(xp, num_kv_heads, group_size, head_dim, window_left):
+    rng = np.random.default_rng(group_size)
+    sizes = [(2, 3000), (3, 300), (9, 3000), (40, 300), (129, 3000), (300, 300)]
+    for batch, longest in size(xp, sizes, [(3, 300)]):
+        kv_lens = rng.integers(0, longest, batch)
+        kv_lens[0] = 64 * rng.integers(1, 40)
+        problem = build_problem(
+            kv_lens, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim, xp=xp,
+            window_left=window_left, dense=batch % 2 == 0, seed=batch,
+        )  # fmt: skip
+        check(problem, (batch, longest))
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_kv_heads", "head_dim"),
+    [(2, 1, 128), (9, 1, 128), (129, 1, 128), (257, 1, 128), (2, 2, 256), (60, 2, 256)],
+)
+def test_groups_that_count_for_a_tile_more_if_there_is_room(xp, batch, num_kv_heads, head_dim):
+    """The last run is shorter than the others by what all groups count for, or not quite."""
+    rng = np.random.default_rng(batch)
+    num_sms = 132 if xp is np else device_properties().num_sms
+    max_ctas = num_sms * kernels.decode_config("sm_90a", head_dim, 8).ctas_per_sm
+    num_groups = num_kv_heads * batch
+    for expected in (1, 0):
+        room = num_groups - (0 if expected else num_kv_heads)
+        num_tiles = rng.integers(1, 4, batch)
+        quota = num_kv_heads * num_tiles.sum() // max_ctas + 2
+        num_tiles[1] += (quota * max_ctas - room) // num_kv_heads - num_tiles.sum()
+        assert uneven_group_overhead(num_kv_heads * num_tiles, num_groups, max_ctas) == expected
+        kv_lens = 64 * num_tiles - rng.integers(0, 64, batch)
+        check(
+            build_problem(kv_lens, num_kv_heads=num_kv_heads, group_size=8, head_dim=head_dim, xp=xp),
+            expected,
+        )
 
 
 @pytest.mark.parametrize("only", [0, 128, 700, 1023])
@@ -507,6 +548,18 @@ def test_pairs_give_the_same_bits_every_time(xp):
 
 
 # -- the same bits every time --
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4])
+def test_lines_that_all_warps_share(xp, group_size):
+    """More states than a warp's lanes take, of one line a CTA: none is cleared while others still wait for it."""
+    for num_tiles in size(xp, range(30, 66, 3), (3,)):
+        problem = build_problem(
+            [64 * num_tiles], num_kv_heads=1, group_size=group_size, head_dim=256, seed=num_tiles, xp=xp
+        )
+        first = decode_bytes(problem)
+        check(problem, num_tiles)
+        assert all(decode_bytes(problem) == first for _ in range(size(xp, 50, 2))), num_tiles
 
 
 @pytest.mark.parametrize("fixed_split_size", [None, 512])

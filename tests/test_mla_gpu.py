@@ -248,6 +248,23 @@ def test_more_requests_than_threads(xp, batch, ragged):
         check(build(xp, kv_lens, qo_lens=qo_lens, num_heads=num_heads), (batch, num_heads))
 
 
+@pytest.mark.parametrize("window_left", [-1, 150])
+@pytest.mark.parametrize(
+    ("num_heads", "qo_len"), [(16, 1), (32, 1), (64, 1), (128, 1), (64, 2), (320, 1), (150, 3)]
+)
+def test_requests_that_differ(xp, num_heads, qo_len, window_left):
+    """Groups count for more tiles than they have, up to half of a run's, if all requests have as many of them."""
+    rng = np.random.default_rng(num_heads + qo_len)
+    sizes = [(2, 3000), (9, 300), (9, 3000), (40, 1000), (150, 300), (400, 200)]
+    for batch, longest in size(xp, sizes, [(3, 100)]):
+        kv_lens = rng.integers(0, longest, batch)
+        problem = build(
+            xp, kv_lens, num_heads=size(xp, num_heads, 4), seed=batch, window_left=window_left,
+            qo_lens=None if qo_len == 1 else [qo_len] * batch, page_size=(16, 64)[batch % 2],
+        )  # fmt: skip
+        check(problem, (batch, longest))
+
+
 @pytest.mark.parametrize("only", [0, 128, 700, 1023])
 def test_one_request_with_work_among_idle_ones(xp, only):
     qo_lens = np.zeros(1024, int)

@@ -103,9 +103,13 @@ def test_long_steps_of_few_rows_have_three_stages():
         return kernels.decode_config(arch, head_dim, rows, num_tiles, 132).num_stages
 
     assert [stages(num_tiles) for num_tiles in (None, 1, 128 * 132, 128 * 132 + 1)] == [2, 2, 2, 3]
-    assert stages(10**6, rows=9) == stages(10**6, head_dim=64) == stages(10**6, head_dim=256) == 2
+    assert stages(10**6, rows=9) == stages(10**6, head_dim=64) == 2
     assert stages(10**6, head_dim=96) == 3
     assert stages(10**6, arch="sm_80") == 2  # 164 KiB
+    wide = {"head_dim": 256}
+    assert [stages(num_tiles, **wide) for num_tiles in (None, 1, 48 * 132, 48 * 132 + 1)] == [2, 2, 2, 3]
+    assert [stages(10**6, rows, **wide) for rows in (16, 17)] == [3, 2]
+    assert [stages(10**6, **wide, arch=arch) for arch in CI_ARCHS] == [2, 3, 3, 2]
 
 
 def test_large_steps_have_tiles_of_two_kv_heads():

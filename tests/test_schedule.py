@@ -1,4 +1,4 @@
-"""The partition in Python: it covers every key once, in runs equal but for the last, as in ``schedule.cuh``."""
+"""The partition in Python: it covers every key once, in runs of equal cost but for the last, as in ``schedule.cuh``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from cupyattn.schedule import (
     decode_schedule,
     draw_schedule,
     schedule_figures,
+    uneven_group_overhead,
 )
 
 SIZES = {"num_kv_heads": 1, "group_size": 8, "tile_kv": 64, "tile_q": 8}
@@ -83,8 +84,8 @@ def test_every_key_of_every_group_is_read_once_and_in_order(problem: dict[str, A
 
 
 @given(problems())
-def test_runs_are_equal_but_for_the_last_and_none_is_empty(problem: dict[str, Any]) -> None:
-    segments = decode_schedule(**problem)
+def test_runs_of_as_many_tiles_but_for_the_last_and_none_is_empty(problem: dict[str, Any]) -> None:
+    segments = decode_schedule(**problem, group_overhead=0)
     runs = [list(run) for _, run in itertools.groupby(segments, lambda s: s.cta)]
     assert [run[0].cta for run in runs] == list(range(len(runs)))
     assert len(runs) <= problem["max_ctas"]
@@ -189,6 +190,46 @@ def test_groups_that_count_for_more_than_their_tiles(problem: dict[str, Any], ov
         weights = [num_units(first, tile_kv)]
         weights += [num_units(s, tile_kv) + overhead * (s is first_parts[s.group]) for s in others]
         assert sum(weights) <= quota
+
+
+@given(problems(), st.integers(0, 3000), st.integers(1, 12))
+def test_groups_count_for_a_tile_more_where_requests_differ_and_no_run_is_longer_for_it(
+    problem: dict[str, Any], kv_len: int, batch: int
+) -> None:
+    problem |= {"qo_lens": None, "fixed_split_size": None}
+    plain = decode_schedule(**problem, group_overhead=0)
+    chosen = decode_schedule(**problem)
+    assert chosen in (plain, decode_schedule(**problem, group_overhead=1))
+
+    def longest(segments: list[Segment]) -> int:
+        tiles = [(s.cta, num_units(s, problem["tile_kv"])) for s in segments]
+        runs = itertools.groupby(tiles, lambda item: item[0])
+        return max((sum(count for _, count in run) for _, run in runs), default=0)
+
+    assert longest(chosen) <= longest(plain)
+    equal = problem | {"kv_lens": [kv_len] * batch}
+    assert decode_schedule(**equal) == decode_schedule(**equal, group_overhead=0)
+    # With qo_indptr, kernels do not know how many groups come before.
+    assert decode_schedule(**(problem | {"qo_lens": [1] * len(problem["kv_lens"])})) == plain
+
+
+def test_runs_in_short_requests_have_fewer_tiles() -> None:
+    """A long request and 15 short ones on 264 CTAs: no run goes on from one to the next after its first tiles."""
+    lens = [65536] + [256] * 15
+    segments = {n: decode_schedule(lens, max_ctas=264, group_overhead=n, **SIZES) for n in (0, None)}
+    runs = {n: [list(run) for _, run in itertools.groupby(s, lambda s: s.cta)] for n, s in segments.items()}
+    assert {n: max(map(len, of)) for n, of in runs.items()} == {0: 2, None: 1}
+    assert {n: len(of) for n, of in runs.items()} == {0: 217, None: 220}
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_groups", "max_ctas", "expected"),
+    [([], 0, 4, 0), ([3, 1], 2, 4, 0), ([8, 2], 2, 4, 1), ([9, 2], 2, 4, 0), ([7, 7], 2, 4, 0)],
+)
+def test_the_choice_for_requests_that_differ(
+    num_tiles: list[int], num_groups: int, max_ctas: int, expected: int
+) -> None:
+    assert uneven_group_overhead(num_tiles, num_groups, max_ctas) == expected
 
 
 @given(problems(), st.integers(1, 3), st.integers(1, 8), st.sampled_from([2, 4, 8]))
@@ -376,9 +417,10 @@ def test_a_cascade_is_the_schedule_of_its_groups(
             b - a if kv_len else 0 for (a, b), kv_len in zip(itertools.pairwise(borders), lens, strict=True)
         ]
     levels.append(level(kv_lens, None if qo_lens is None else ends))
-    expected = decode_schedule(
-        all_kv_lens + kv_lens, qo_lens=all_qo_lens + (qo_lens or [1] * len(kv_lens)), **problem
-    )
+    lens = {"kv_lens": all_kv_lens + kv_lens, "qo_lens": all_qo_lens + (qo_lens or [1] * len(kv_lens))}
+    if not shared_lens and qo_lens is None:  # plain decode, whose groups may count for a tile more
+        lens["qo_lens"] = None
+    expected = decode_schedule(**lens, **problem)
     assert cascade_schedule(CascadeLevels(levels), **problem) == expected
 
 
