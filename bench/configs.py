@@ -470,8 +470,12 @@ def mla(batch: int, ctx: int, heads: int, num_query_tokens: int = 1, page_size: 
     return MLAConfig((ctx,) * batch, heads, num_query_tokens, page_size)
 
 
+#: One long request among short ones, of which a rule speaks.
+MLA_SKEWED = MLAConfig((1024,) * 7 + (32768,) + (1024,) * 8, 128, lens_name="32768+15x1024")
+
+
 def _mla_rows() -> list[MLAConfig]:
-    """Rows with earlier figures of peers, twins of page size 1, and one long request among short ones.
+    """Rows with earlier figures of peers, twins of page size 1, one long request among short ones, log-normal lengths.
 
     16, 64 and 128 heads are DeepSeek-V3's on 8, 2 and 1 GPUs.
     """
@@ -480,8 +484,9 @@ def _mla_rows() -> list[MLAConfig]:
     rows += [mla(32, 8192, 128, num_query_tokens=2), mla(8, 8192, 16)]
     twins = [(1, 65536, 16), (8, 8192, 16), (32, 4096, 64), (128, 4096, 16), (128, 4096, 128)]
     rows += [mla(*shape, page_size=1) for shape in twins]
-    one_long = (1024,) * 7 + (32768,) + (1024,) * 8
-    return [*rows, MLAConfig(one_long, 128, lens_name="32768+15x1024")]
+    rows.append(MLA_SKEWED)
+    spread = lognormal_lens(64, 2048)
+    return [*rows, *(MLAConfig(spread, heads, lens_name="lognormal2048") for heads in (16, 64, 128))]
 
 
 def sharing(step: DecodeConfig | MLAConfig, num_shared: int) -> CascadeConfig:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from bench import timing
 from bench.configs import (
     MB,
+    MLA_SKEWED,
     MOONCAKE,
     PAGED_GRID,
     TOOLAGENT,
@@ -263,7 +264,7 @@ RULES = (
         "MLA skewed",
         "us, MLA, one long request among short ones (FlashMLA 47.7, FlashInfer 62)",
         45.0,
-        lambda c: None if c.config.equal_lens else c.us,
+        lambda c: c.us if c.config == MLA_SKEWED else None,
         of=MLAConfig,
     ),
     Rule(

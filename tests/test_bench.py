@@ -39,7 +39,7 @@ SMALL = [
     AppendConfig(2, 5, 2, rope=True),
 ]
 
-SKEWED = next(config for config in configs.MLA_GRID if not config.equal_lens)
+SKEWED = configs.MLA_SKEWED
 # (key, peer, cold us, GB/s, TFLOP/s) as the peers' bench gave them; `peers_h100.json` has the times.
 MLA_PEERS = [
     ("b1 ctx4096 h16 sq1 p64", "flashinfer-fa3", 20.0, 238.2, 7.1),
@@ -133,6 +133,7 @@ def test_mla_grid_is_the_peers_and_twins() -> None:
         "b1 ctx65536 h16 sq1 p1",
         "b32 ctx4096 h64 sq1 p1",
         SKEWED.key,
+        *(f"b64 lognormal2048 h{heads} sq1 p64" for heads in (16, 64, 128)),
     }
     assert configs.GROUPS["mla"] == configs.MLA_GRID
     assert {c.page_size for c in configs.MLA_GRID} == {1, 64}
@@ -218,7 +219,7 @@ def test_grid_spans_what_the_rules_speak_of() -> None:
     peers = set(rules.earlier_peers("h100"))
     assert num_rows["paged"] == len(peers & {config.key for config in configs.DECODE_GRID})
     assert num_rows["peer"] == len(peers)
-    assert num_rows["MLA must"] == num_rows["MLA goal"] == 15
+    assert num_rows["MLA must"] == num_rows["MLA goal"] == 17
     assert num_rows["FlashMLA"] == num_rows["FlashMLA goal"] == 6
     assert num_rows["MLA b1-32"] == 4
     assert num_rows["MLA p1/p64"] == 5
