@@ -12,6 +12,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 
 from bench import configs, record, report, rows, rules, timing
 from bench.configs import AppendConfig, CascadeConfig, DecodeConfig, MergeConfig, MLAConfig
+from cupyattn.runtime import device
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -726,6 +728,25 @@ def test_files_of_tests_run_side_by_side_and_some_alone(tmp_path: Path, capsys: 
     code, reports = record.run_all_tests([tmp_path / "test_right.py", killed], tmp_path, 2)
     assert code == -signal.SIGKILL
     assert [report.exists() for report in reports] == [True, False, True]
+
+
+@pytest.mark.parametrize(("code", "refused"), [(0, False), (record.NO_TESTS, False), (1, True)])
+def test_no_record_of_kernels_that_ci_would_refuse(
+    code: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, code if "pytest" in command else 0, "a warning")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(device, "device_properties", lambda: SimpleNamespace(arch="sm_90a"))
+    with pytest.raises(SystemExit, match="a warning\nCI would refuse") if refused else nullcontext():
+        record.precompile()
+    assert commands == [
+        ["cupyattn", "precompile"], ["pytest", "-q", "tests/test_kernels_compile.py", "-k", "sm_90a"]
+    ]  # fmt: skip
 
 
 def test_no_record_without_all_reports(monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
