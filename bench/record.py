@@ -7,7 +7,8 @@
 All need a GPU, and name the device, the driver, the date and the sources (`source_sha256`) that were run.
 `bench --group NAME` (of bench/configs.py), `--quick` (a row of every kind) and `--only S` (rows whose key contains
 S) choose rows, and write decode_<device>.partial.json: records are whole runs. `bench` ends with 1 where a row
-is wrong or misses what the first version was held to; the other rules are reported, not enforced.
+is wrong or misses what the first version was held to; the other rules are reported, not enforced. `tests` and a whole
+`bench` compile all kernels for the device first, and end there where CI would refuse what the compiler says of them.
 """
 
 from __future__ import annotations
@@ -133,15 +134,8 @@ def precompile() -> None:
     from cupyattn.runtime.device import device_properties
 
     subprocess.run([sys.executable, "-m", "cupyattn", "precompile"], cwd=ROOT, check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "tests/test_kernels_compile.py",
-        "-k",
-        device_properties().arch,
-    ]
+    test, arch = "tests/test_kernels_compile.py", device_properties().arch
+    command = [sys.executable, "-m", "pytest", "-q", test, "-k", arch]
     run = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if run.returncode not in (0, NO_TESTS):
         raise SystemExit(f"{run.stdout[-4000:]}\nCI would refuse these kernels; nothing recorded")

@@ -26,7 +26,7 @@ INSTANCES: list[Instance] = [
 
 
 #: The one warning that is accepted, with what comes with it: of decode.cu's copy of queries, of which only one of two
-#: branches has a use for a constant. (It belongs into that branch; that file's next change is to have it there.)
+#: branches has a use for a constant. (It belongs in that branch; that file's next change is to have it there.)
 ACCEPTED = re.compile(
     r"decode\.cu\(\d+\): warning #177-D: variable \"kChunks\" was declared but never referenced$"
     r"|^Remark: The warnings"
