@@ -23,7 +23,14 @@ from . import __version__
 from .cascade import level_sizes
 from .checks import check_divisible
 from .draw import draw_levels
-from .kernels import DECODE_HEAD_DIMS, DecodeConfig, cascade_config, choose_num_parts, decode_config
+from .kernels import (
+    DECODE_HEAD_DIMS,
+    DecodeConfig,
+    DecodeSm90Config,
+    cascade_config,
+    choose_num_parts,
+    decode_config,
+)
 from .prefix import CascadeCost, PrefixTree
 from .runtime import (
     CI_ARCHS,
@@ -234,11 +241,12 @@ def _cascade(args: argparse.Namespace) -> int:
     levels, _, saving_us = tree.levels(choose=cost)
     sizes = level_sizes(64, len(requests) * group_size, args.block_size, levels)
     is_plain = levels.num_levels == 1
+    config: DecodeConfig | DecodeSm90Config
     if is_plain:
         num_tiles = args.num_kv_heads * sizes[0][0]
         config = _decode_config(args, num_tiles, len(requests))
     else:
-        config = cascade_config(args.arch, args.head_dim, sizes)
+        config = cascade_config(args.arch, args.head_dim, sizes, args.num_kv_heads, args.num_sms)
         num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
     max_ctas = config.ctas_per_sm * args.num_sms
     overhead, parts = None, 1  # as `decode` chooses

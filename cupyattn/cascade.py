@@ -235,13 +235,15 @@ class _DecodePlan(_CascadePlan, DecodePlan):
         group_size = q.shape[1] // cache.num_kv_heads
         if not num_tokens or not levels.batch_size:
             return
+        properties = device_properties(self.device)
         config = kernels.cascade_config(
-            device_properties(self.device).arch, cache.head_dim,
+            properties.arch, cache.head_dim,
             level_sizes(64, num_tokens * group_size, cache.page_size, levels),
+            cache.num_kv_heads, properties.num_sms,
         )  # fmt: skip
-        template = kernels.decode_template(checks.dtype_name(q), cache.head_dim, config)
+        name, template = kernels.cascade_kernel(checks.dtype_name(q), cache.head_dim, config)
         self.runs = CascadeRuns(
-            self.caller, get_kernel("decode_cascade", *template, kernels.LEVELS, device=self.device), config,
+            self.caller, get_kernel(name, *template, device=self.device), config,
             config.shared_bytes(cache.head_dim), cache.head_dim, group_size=group_size, num_tokens=num_tokens,
             num_kv_heads=cache.num_kv_heads, page_size=cache.page_size, levels=levels,
         )  # fmt: skip

@@ -84,6 +84,26 @@ class DecodeConfig:
         return self.ctas_per_sm * each
 
 
+@dataclass(frozen=True)
+class DecodeSm90Config:
+    """The shape of the kernel of decode_sm90.cu, of which an SM has one CTA."""
+
+    num_threads: ClassVar[int] = 384
+    tile_q: ClassVar[int] = 128
+    tile_kv: ClassVar[int] = 64
+    heads: ClassVar[int] = 1
+    ctas_per_sm: ClassVar[int] = 1
+    flags_states: ClassVar[bool] = False
+    group_overhead: ClassVar[int] = 0
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory of a CTA: four tiles of keys and values, queries of two segments, places of states."""
+        return 2 * head_dim * (4 * 2 * self.tile_kv + 2 * self.tile_q) + 1024 + 3 * 2048
+
+
+DECODE_SM90_HEAD_DIMS = (64, 128)  # of more, two warpgroups' accumulators leave no registers
+
+
 def _row_bytes(num_dims: int) -> int:
     """Return what a row takes in shared memory: TileLayout::kRowBytes of tile.cuh."""
     row_chunks = num_dims // 8
@@ -229,9 +249,11 @@ def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
             yield decode_template(dtype, head_dim, config, True)
 
 
+#: Tiles of 128 query rows, for each SM, of which decode_sm90.cu needs as many to be faster than decode.cu.
+_SM90_TILES_PER_SM = 1.5
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
-_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0)}
+_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0), 128: (1.3, 1.3)}
 _MLA_TILE_COSTS = {16: (1.0, 1.0), 32: (1.2, 1.15), 64: (1.5, 1.35)}
 
 
@@ -245,7 +267,13 @@ def _cascade_cost(
     )
 
 
-def cascade_config(arch: str, head_dim: int, levels: Sequence[tuple[int, int]]) -> DecodeConfig:
+def cascade_config(
+    arch: str,
+    head_dim: int,
+    levels: Sequence[tuple[int, int]],
+    num_kv_heads: int = 1,
+    num_sms: int = 1,
+) -> DecodeConfig | DecodeSm90Config:
     """Choose the shape of the decode kernel for a cascade. Any choice is right; this one is fast.
 
     Parameters
@@ -255,25 +283,53 @@ def cascade_config(arch: str, head_dim: int, levels: Sequence[tuple[int, int]]) 
     levels : sequence of (int, int)
         Of each level, tiles of 64 keys that its groups have room for, and the query rows of a group on average (query
         tokens x group size), both per KV head.
+    num_kv_heads, num_sms : int
+        Of tiles of 128 rows there must be some for each SM.
 
     Notes
     -----
-    Tiles of 64 rows read shared keys seldom; those of 16 read a request's own keys faster, which a batch may have far
-    more of.
+    Tiles of 128 and 64 rows read shared keys seldom; those of 16 read a request's own keys faster, which a batch may
+    have far more of. With 128 rows there are half as many CTAs as with 64.
     """
-    configs = cascade_configs(arch, head_dim)
+    configs = [
+        config
+        for config in cascade_configs(arch, head_dim)
+        if isinstance(config, DecodeConfig)
+        or num_kv_heads * sum(num_tiles * -(-rows // config.tile_q) for num_tiles, rows in levels)
+        >= _SM90_TILES_PER_SM * num_sms
+    ]
     return min(configs, key=lambda config: _cascade_cost(_DECODE_TILE_COSTS, config.tile_q, levels))
 
 
-def cascade_configs(arch: str, head_dim: int) -> tuple[DecodeConfig, ...]:
+def cascade_configs(arch: str, head_dim: int) -> tuple[DecodeConfig | DecodeSm90Config, ...]:
     """All that `cascade_config` can choose: 16 rows at least, as 8 are too few to share."""
-    return tuple(dict.fromkeys(decode_config(arch, head_dim, rows) for rows in (16, 32, 33)))
+    configs: list[DecodeConfig | DecodeSm90Config] = [
+        decode_config(arch, head_dim, rows) for rows in (16, 32, 33)
+    ]
+    if arch == "sm_90a" and head_dim in DECODE_SM90_HEAD_DIMS:
+        configs.append(DecodeSm90Config())
+    return tuple(dict.fromkeys(configs))
+
+
+def cascade_kernel(
+    dtype: str, head_dim: int, config: DecodeConfig | DecodeSm90Config
+) -> tuple[str, tuple[str | int, ...]]:
+    """Name and template arguments of the kernel that has a shape, for a cascade."""
+    if isinstance(config, DecodeSm90Config):
+        return "decode_sm90_cascade", (CUDA_TYPES[dtype], head_dim, LEVELS)
+    return "decode_cascade", (*decode_template(dtype, head_dim, config), LEVELS)
 
 
 def _decode_cascade_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
     for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_HEAD_DIMS):
         for config in cascade_configs(arch, head_dim):
-            yield decode_template(dtype, head_dim, config)
+            if isinstance(config, DecodeConfig):
+                yield decode_template(dtype, head_dim, config)
+
+
+def _decode_sm90_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
+    for dtype, head_dim in itertools.product(DECODE_DTYPES, DECODE_SM90_HEAD_DIMS):
+        yield CUDA_TYPES[dtype], head_dim
 
 
 def decode_template(
@@ -555,6 +611,19 @@ def _cascade(spec: KernelSpec, instances: Callable[[str], Iterator[tuple[str | i
 
 
 DECODE_CASCADE = register_kernel(_cascade(DECODE, _decode_cascade_instances))
+DECODE_SM90_CASCADE = register_kernel(
+    _cascade(
+        dataclasses.replace(
+            DECODE,
+            name="decode_sm90",
+            source="decode_sm90.cu",
+            symbol="cupyattn::decode_sm90_kernel",
+            template=("T", "kHeadDim"),
+            archs=("sm_90a",),
+        ),
+        _decode_sm90_instances,
+    )
+)
 
 MLA_DECODE = register_kernel(
     KernelSpec(

@@ -292,7 +292,6 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
     return row < head_rows ? row : 8 + row - head_rows;
   };
   const auto copy_queries = [&](const auto& at, int buffer) {
-    constexpr int kChunks = kTileQ * QueryLayout::kRowChunks;
     const u32 smem_tile = smem_address_of(smem_q) + buffer * kQueryBytes;
     const int first_row = at.q_tile * kTileQ;
     const int num_rows = at.request.qo_len * group_size - first_row;
@@ -340,6 +339,7 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
                     source != 0);
       }
     } else {
+      constexpr int kChunks = kTileQ * QueryLayout::kRowChunks;
 #pragma unroll kTileQ> 16 ? 1 : 2  // instructions that run once a segment take longer to fetch than to run
       for (int i = 0; i < ceil_div(kChunks, kThreads); ++i) {
         const int slot = (tid + i * kThreads) / QueryLayout::kRowChunks;

@@ -51,25 +51,30 @@ namespace cupyattn {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. Copies,
-// because what a call gets by reference is in memory, and read there again after every asm statement.
-template <int kThreads, int kTileKV, typename Problem, typename Ctas, typename Slots, typename Results>
+// What merge_apart must know.
+template <typename Problem, typename Slots, typename Results>
+struct MergeInputs {
+  Problem problem;  // a cascade's
+  Departures<TileInfo> ctas;
+  Slots partials;
+  Results output;
+};
+
+// A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. A copy, because
+// what a call gets by reference is in memory, and read there again after every asm statement.
+template <int kThreads, int kTileKV, bool kIsCascade, typename Inputs>
 __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier,
-                                         const Problem& problem_in_memory,
-                                         const Partition& partition_in_memory, const Ctas& ctas_in_memory,
-                                         const Slots& partials_in_memory, const Results& output_in_memory,
+                                         const Inputs& inputs_in_memory, const Partition& smem_partition,
                                          float* scratch) {
-  const Ctas ctas = ctas_in_memory;
-  const Slots partials = partials_in_memory;
-  const Results output = output_in_memory;
-  constexpr Halves kHalves = Slots::kHasFlags ? Halves::kNone : Halves::kOfLines;
-  run_end.merge(ctas, barrier, [&](const auto& shares) {
-    if constexpr (Problem::kIsCascade) {
-      const Problem problem = problem_in_memory;
-      const Partition partition = partition_in_memory;
-      merge_rows<kThreads, kTileKV>(problem, partition, partials, output, shares, scratch);
+  const Inputs inputs = inputs_in_memory;
+  run_end.merge(inputs.ctas, barrier, [&](const auto& shares) {
+    if constexpr (kIsCascade) {
+      const Partition partition = smem_partition;
+      merge_rows<kThreads, kTileKV>(inputs.problem, partition, inputs.partials, inputs.output, shares,
+                                    scratch);
     } else {
-      merge_shares<8, kThreads, false, kHalves>(partials, output, shares, scratch);
+      constexpr Halves kHalves = decltype(inputs.partials)::kHasFlags ? Halves::kNone : Halves::kOfLines;
+      merge_shares<8, kThreads, false, kHalves>(inputs.partials, inputs.output, shares, scratch);
     }
   });
 }
@@ -202,6 +207,9 @@ __global__ void __launch_bounds__(384, 1)
   __shared__ TileInfo smem_tiles[kNotes];
   __shared__ RunEnd smem_run_end;
   __shared__ Partition smem_partition;
+  const auto ctas = [&]() {
+    return Departures<TileInfo>{departures, static_cast<u32>(smem_partition.num_ctas)};
+  };
   __shared__ int2 smem_seen;  // of the segment whose keys are being copied; not a cascade's
   __shared__ Positions<kTileQ, kIsCascade ? 2 : 0> smem_positions;  // of segments in turn
   // Of each tile's halves of columns.
@@ -583,9 +591,6 @@ __global__ void __launch_bounds__(384, 1)
   // --- Columns ---
   take_registers<kColumnRegisters>();
   const int group = warp / 4;
-  const auto ctas = [&]() {
-    return Departures<TileInfo>{departures, static_cast<u32>(smem_partition.num_ctas)};
-  };
   wait_for_predecessor();
   // Not earlier: the next kernel may rely on all before us having finished once we have.
   if (reads_early) launch_dependents();
@@ -1042,8 +1047,21 @@ __global__ void __launch_bounds__(384, 1)
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
-  merge_apart<kColumnThreads, kTileKV>(smem_run_end, columns_barrier, make_problem(), smem_partition, ctas(),
-                                       slots(), results(), reinterpret_cast<float*>(smem_q));
+  const auto merge = [&](const auto& inputs) {
+    merge_apart<kColumnThreads, kTileKV, kIsCascade>(smem_run_end, columns_barrier, inputs, smem_partition,
+                                                     reinterpret_cast<float*>(smem_q));
+  };
+  if constexpr (kIsCascade) {
+    merge(MergeInputs<decltype(make_problem()), Slots, decltype(results())>{make_problem(), ctas(), slots(),
+                                                                            results()});
+  } else {
+    // In shared memory, in the place of the weights: a stack is read from further away, and half a microsecond later.
+    using Inputs = MergeInputs<Int<0>, Slots, decltype(results())>;
+    Inputs& inputs = *reinterpret_cast<Inputs*>(smem_weights);
+    if (tid == 0) inputs = Inputs{{}, ctas(), slots(), results()};
+    columns_barrier.wait();
+    merge(inputs);
+  }
   if (in_pair) cluster_wait();  // the other may still have told this one's barriers
 }
 

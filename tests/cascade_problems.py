@@ -26,7 +26,7 @@ def tile_rows(tile_q: int | None) -> Iterator[None]:
     """Have `cascade_decode` take tiles of so many query rows, whatever it would choose (MLA: None for mla.cu)."""
     chosen = kernels.cascade_config, kernels.mla_sm90_cascade_config
     configs = kernels.cascade_configs
-    kernels.cascade_config = lambda arch, head_dim, levels: next(
+    kernels.cascade_config = lambda arch, head_dim, *_: next(
         config for config in configs(arch, head_dim) if config.tile_q == tile_q
     )
     kernels.mla_sm90_cascade_config = lambda levels, num_sms: (

@@ -287,10 +287,15 @@ def test_tiles_of_fewer_rows_for_small_mla_steps(lens, rows, kind, tile_q, dense
 def test_shapes_for_cascades():
     """What is there in (tiles of keys, rows) of each level decides; see the times in bench/NOTES.md."""
 
-    def tile_q(*levels):
-        return kernels.cascade_config("sm_90a", 128, levels).tile_q
+    def tile_q(*levels, num_kv_heads=1, head_dim=128):
+        return kernels.cascade_config("sm_90a", head_dim, levels, num_kv_heads, 132).tile_q
 
-    assert tile_q((129, 512), (320, 8)) == 64  # 64 x (8192 + 256), 8/1: nearly all is shared
+    assert tile_q((129, 512), (320, 8)) == 128  # 64 x (8192 + 256), 8/1: nearly all is shared
+    assert tile_q((129, 512), (320, 8), head_dim=256) == 32
+    assert tile_q((33, 2048), (768, 8)) == 128  # 256 x (2048 + 128), 8/1
+    assert tile_q((65, 128), (160, 4), num_kv_heads=8) == 128  # 32 x (4096 + 256), 32/8
+    assert tile_q((129, 64), (320, 1), num_kv_heads=8) == 64  # 64 x (8192 + 256), 8/8
+    assert tile_q((32, 256), (96, 8)) == 64  # 32 x (2000 + 128), 8/1: one tile of 128 rows for an SM
     assert tile_q((147, 248), (7230, 8)) == 32  # the tool-agent batch: nearly nothing is
     assert tile_q((147, 31), (7230, 1)) == 32  # the same, 32/32
     assert tile_q((33, 256), (768, 1)) == 64  # 256 x (2048 + 128), 8/8
@@ -309,12 +314,26 @@ def test_shapes_for_cascades():
 
 @pytest.mark.parametrize("arch", CI_ARCHS)
 def test_every_choice_of_a_cascade_is_compiled_ahead(arch):
-    instances = set(kernels.DECODE_CASCADE.instances_for(arch))
+    instances = {
+        spec.name: set(spec.instances_for(arch) if spec.supports(arch) else ())
+        for spec in (kernels.DECODE_CASCADE, kernels.DECODE_SM90_CASCADE)
+    }
+    chosen = set()
     for dtype, head_dim in itertools.product(kernels.DECODE_DTYPES, kernels.DECODE_HEAD_DIMS):
         for own, rows in itertools.product((0, 10, 10**5), (1, 16, 17, 32, 33, 64, 4096)):
-            config = kernels.cascade_config(arch, head_dim, [(100, rows), (own, 1)])
-            template = kernels.decode_template(dtype, head_dim, config)
-            assert (*template, kernels.LEVELS) in instances
+            config = kernels.cascade_config(arch, head_dim, [(100, rows), (own, 1)], 1, 132)
+            assert config in kernels.cascade_configs(arch, head_dim)
+            name, template = kernels.cascade_kernel(dtype, head_dim, config)
+            assert template in instances[name]
+            chosen.add(name)
+    assert chosen == {name for name in instances if instances[name]}
+
+
+def test_shape_of_the_sm90_decode_kernel():
+    config = kernels.DecodeSm90Config()
+    for head_dim in kernels.DECODE_SM90_HEAD_DIMS:
+        assert config.shared_bytes(head_dim) + 4 * 1024 <= kernels.shared_bytes_per_sm("sm_90a")
+    assert not kernels.DECODE_SM90_CASCADE.supports("sm_100a")
 
 
 @pytest.mark.parametrize("arch", CI_ARCHS)

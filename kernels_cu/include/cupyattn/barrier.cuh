@@ -40,6 +40,13 @@ __device__ __forceinline__ Team<kThreads / 2> half_of_threads() {
   const int half = threadIdx.x / (kThreads / 2);
   return {static_cast<int>(threadIdx.x) - half * (kThreads / 2), half, 2 + half};
 }
+// Two warpgroups take turns: each waits until the other has passed the turn on, as often as that does.
+__device__ __forceinline__ void wait_for_turn(int group) {
+  asm volatile("bar.sync %0, 256;" : : "r"(4 + group) : "memory");
+}
+__device__ __forceinline__ void pass_turn_to(int group) {
+  asm volatile("bar.arrive %0, 256;" : : "r"(4 + group) : "memory");
+}
 // The four warps of warpgroup `group`.
 __device__ __forceinline__ void sync_warpgroup(int group) {
   asm volatile("bar.sync %0, 128;" : : "r"(2 + group) : "memory");

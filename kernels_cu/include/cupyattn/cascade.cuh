@@ -49,6 +49,16 @@ struct Levels {
   int nodes_in_shared;
 };
 
+// To shared memory, by one warp. A function that is called cannot read them where they are: by an address, a kernel's
+// arguments are read from memory, a microsecond for each line of them.
+__device__ __forceinline__ void copy_levels(Levels& smem_levels, const Levels& levels) {
+  static_assert(sizeof(Levels) % 8 == 0);
+#pragma unroll 1
+  for (int i = lane_id(); i < sizeof(Levels) / 8; i += 32) {
+    reinterpret_cast<u64*>(&smem_levels)[i] = reinterpret_cast<const u64*>(&levels)[i];
+  }
+}
+
 // A node's place on the line, and what it is.
 struct alignas(16) Node {
   int qo_begin;
@@ -71,6 +81,11 @@ struct CascadeProblem {
   int group_overhead;  // units before those of a group's tiles: what its queries and its states cost, in tiles
   int unit_shift;      // of fixed splits, which there are none of
   int max_splits;
+
+  // The same, of levels that lie elsewhere.
+  __device__ __forceinline__ CascadeProblem with(const Levels& same) const {
+    return {same, nodes, batch_size, num_kv_heads, group_size, window_left, group_overhead, 0, 0};
+  }
 
   __device__ __forceinline__ int level_of(int node) const {
     int level = 0;
@@ -350,7 +365,7 @@ __device__ __forceinline__ auto result_row(const CascadeProblem& problem, const 
 // The states of rows of the result, as merge_lines asks for them. Lines are those of all rows: (token, query head) and
 // line of the row. Where a row's states lie in each level is found by the lanes of a line together, or, where a row has more
 // lines than a warp takes at once, for all rows of a share beforehand. It is kept in shared memory.
-template <typename Partials, typename OneRequest, int kTileQ, int kWarps>
+template <typename Partials, typename OneRequest, int kTileQ, int kWarps, bool kFindsEarly>
 struct RowStates {
   // State j lies at slot_row + (j == 0 ? 1 : 2 * j) * kTileQ, as a group's first and other CTAs have slots.
   struct Found {
@@ -360,7 +375,7 @@ struct RowStates {
   static constexpr bool kClearsAtOnce = true;  // finding states again costs more
   static constexpr bool kMayBeNone = true;
   static constexpr int kLinesOfWarp = 8;  // at once, at most
-  static constexpr bool kFindsAll = Partials::kRowLines > kLinesOfWarp;
+  static constexpr bool kFindsAll = kFindsEarly || Partials::kRowLines > kLinesOfWarp;
   static constexpr int kMostRows = kWarps * kLinesOfWarp;  // of a share, or it is done in several parts
 
   const CascadeProblem& problem;
@@ -373,6 +388,9 @@ struct RowStates {
   int num_states;
   int most_states;
 
+  // In the team.
+  static __device__ __forceinline__ u32 thread() { return threadIdx.x % (kWarps * 32); }
+
   // Of lines `first_line` .. `end_line` - 1.
   __device__ __forceinline__ RowStates(const CascadeProblem& problem, const Partition& partition,
                                        int first_line, int end_line, float* scratch)
@@ -382,12 +400,12 @@ struct RowStates {
         first_row(static_cast<u32>(first_line) / Partials::kRowLines),
         parts(min(31 - __clz(kWarps * kLinesOfWarp / max(end_line - first_line, 1) | 1), 3)) {}
 
-  // A barrier follows.
-  __device__ __forceinline__ void find_all(int end_line) const {
+  // By thread `thread` of `num_threads`; a barrier follows.
+  __device__ __forceinline__ void find_all(int end_line, int thread, int num_threads) const {
     const int num_levels = problem.levels.num_levels;
     const int end_row = static_cast<u32>(end_line + Partials::kRowLines - 1) / Partials::kRowLines;
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < (end_row - first_row) * num_levels; i += kWarps * 32) {
+    for (u32 i = thread; i < (end_row - first_row) * num_levels; i += num_threads) {
       const int row = i / num_levels;
       scratch[i] = find(place_of(first_row + row), i - row * num_levels);
     }
@@ -466,7 +484,7 @@ struct RowStates {
     } else {
       const int lane = threadIdx.x % 32;
       const int team_lanes = 4 << parts;
-      Found* const all = scratch + (threadIdx.x / 32 * kLinesOfWarp + lane / team_lanes) * kMaxLevels;
+      Found* const all = scratch + (thread() / 32 * kLinesOfWarp + lane / team_lanes) * kMaxLevels;
       const Place place = place_of(row);
       __syncwarp();  // what was found before has been read
       for (int level = lane % team_lanes; level < num_levels; level += team_lanes) {
@@ -487,7 +505,58 @@ struct RowStates {
   }
 };
 
-// This CTA's share of the rows of the result. `scratch`: shared memory, RowStates::Found for kMostRows rows in all levels.
+// Lines `first_line` .. `end_line` - 1 of the result, of all rows, as a team of kThreads merges them. `scratch`: shared
+// memory of the team, RowStates::Found for kMostRows rows in all levels. kFindsEarly: where the states of
+// these rows are, others may have found before.
+template <int kThreads, int kTileKV, bool kFindsEarly, typename T, int kHeadDim, int kTileQ, bool kOfQuads>
+struct RowMerge {
+  using Slots = Partials<kHeadDim, kTileQ, kOfQuads>;
+  using States = RowStates<Slots, Request<kTileKV, kTileQ, false>, kTileQ, kThreads / 32, kFindsEarly>;
+  const CascadeProblem& problem;
+  const Partition& partition;
+  const Slots& partials;
+  const Output<T, kTileQ>& output;
+  int first_line;
+  int end_line;
+  float* scratch;
+
+  // The end of the lines from `line` on whose states are found together.
+  __device__ __forceinline__ int end_of_part(int line) const {
+    const int end_row = static_cast<u32>(line) / Slots::kRowLines + States::kMostRows;
+    return min(end_row * Slots::kRowLines, end_line);
+  }
+  // Of all lines, if there is room for that; by thread `thread` of any `num_threads`. A barrier follows.
+  __device__ __forceinline__ void find_all(int thread, int num_threads) const {
+    States(problem, partition, first_line, end_line, scratch).find_all(end_line, thread, num_threads);
+  }
+  __device__ __forceinline__ void merge(const Team<kThreads>& team, bool are_found) const {
+    const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
+    const auto find = [&](int row, int dim) {
+      const int token = static_cast<u32>(row) / num_qo_heads;
+      return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
+    };
+    if constexpr (States::kFindsAll) {
+#pragma unroll 1
+      for (int line = first_line; line < end_line;) {
+        const int end = end_of_part(line);
+        const States states(problem, partition, line, end, scratch);
+        if (!are_found) {
+          states.find_all(end, team.tid, kThreads);
+          team.sync();
+        }
+        are_found = false;
+        // With fewer at once there is less code to fetch; latents have more to wait for.
+        merge_lines<kFindsEarly ? 4 : 8>(team, partials, states, false, line, end, scratch, find);
+        line = end;
+        if (line < end_line) team.sync();  // the scratch memory is free again
+      }
+    } else {
+      const States states(problem, partition, first_line, end_line, scratch);
+      merge_lines<8>(team, partials, states, false, first_line, end_line, scratch, find);
+    }
+  }
+};
+// This CTA's shares, by threads 0 .. kThreads - 1.
 template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ, bool kOfQuads>
 __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const Partition& partition,
                                            const Partials<kHeadDim, kTileQ, kOfQuads>& partials,
@@ -495,32 +564,9 @@ __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const 
                                            float* scratch) {
   const TileInfo& share = shares[0];  // all are in this one: RunEnd::add_lines
   if (share.num_sharers <= 1) return;
-  using Slots = Partials<kHeadDim, kTileQ, kOfQuads>;
-  using OneRequest = Request<kTileKV, kTileQ, false>;
-  using States = RowStates<Slots, OneRequest, kTileQ, kThreads / 32>;
-  const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
-  const auto find = [&](int row, int dim) {
-    const int token = static_cast<u32>(row) / num_qo_heads;
-    return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
-  };
-  const auto team = all_threads<kThreads>();
-  const int end_line = share.end_line;
-  if constexpr (States::kFindsAll) {
-#pragma unroll 1
-    for (int first_line = share.first_line; first_line < end_line;) {
-      const int end_row = static_cast<u32>(first_line) / Slots::kRowLines + States::kMostRows;
-      const int end = min(end_row * Slots::kRowLines, end_line);
-      const States states(problem, partition, first_line, end, scratch);
-      states.find_all(end);
-      team.sync();
-      merge_lines<8>(team, partials, states, false, first_line, end, scratch, find);
-      first_line = end;
-      if (first_line < end_line) team.sync();  // the scratch memory is free again
-    }
-  } else {
-    const States states(problem, partition, share.first_line, end_line, scratch);
-    merge_lines<8>(team, partials, states, false, share.first_line, end_line, scratch, find);
-  }
+  const RowMerge<kThreads, kTileKV, false, T, kHeadDim, kTileQ, kOfQuads> rows{
+      problem, partition, partials, output, share.first_line, share.end_line, scratch};
+  rows.merge(all_threads<kThreads>(), false);
 }
 
 }  // namespace cupyattn

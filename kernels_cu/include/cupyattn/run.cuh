@@ -227,15 +227,19 @@ struct RunEnd {
     reinterpret_cast<uint4*>(&shared[tile.first_line == 0])[threadIdx.x] =
         reinterpret_cast<const uint4*>(&tile)[threadIdx.x];
   }
-  // One thread of a cascade's, instead: this CTA's lines of the whole result.
+  // One thread of a cascade's, instead.
   __device__ __forceinline__ void add_lines(int num_lines, const Partition& partition) {
+    shared[0] = share_of_lines(num_lines, partition);
+  }
+  // A CTA's lines of the whole result.
+  static __device__ __forceinline__ TileInfo share_of_lines(int num_lines, const Partition& partition) {
     const int lines_each =
         static_cast<u32>(num_lines + partition.num_ctas - 1) / static_cast<u32>(partition.num_ctas);
     TileInfo share{};
     share.num_sharers = 2;
     share.first_line = min(partition.cta * lines_each, num_lines);
     share.end_line = min(share.first_line + lines_each, num_lines);
-    shared[0] = share;
+    return share;
   }
   // Thread 0, some time before the end.
   __device__ __forceinline__ void ask(const Departures<TileInfo>& ctas) {
