@@ -1211,10 +1211,12 @@ def test_sanitizer_cascades_run_every_instance() -> None:
         node_bytes = 16 * sum(pages.batch_size for pages, _ in levels.levels)
         if problem.ckv_dim is None:
             config = kernels.cascade_config("sm_90a", problem.head_dim, ())
-            template = kernels.decode_template(problem.dtype, problem.head_dim, config)
-            instance = "decode_cascade", *template
+            kernel, template = kernels.cascade_kernel(problem.dtype, problem.head_dim, config)
+            instance = kernel, *template[:-1]
             each = config.shared_bytes(problem.head_dim) + kernels._STATIC_SHARED_BYTES + 1024
             used = config.ctas_per_sm * (each + node_bytes)
+            # Half of an SM is left beside the one CTA that it has.
+            fits = isinstance(config, kernels.DecodeSm90Config) and problem.head_dim == 64
         else:
             mla = kernels.mla_sm90_cascade_config((), 132)
             if mla is None:
@@ -1222,8 +1224,8 @@ def test_sanitizer_cascades_run_every_instance() -> None:
                 instance = "mla_cascade", *kernels.mla_template(problem.dtype, mla)
             else:
                 instance = "mla_sm90_cascade", kernels.CUDA_TYPES[problem.dtype], mla.tile_q
-            used = mla.shared_bytes + kernels._STATIC_SHARED_BYTES + 1024 + node_bytes
-        assert (used > per_sm) == (kind == "many"), name  # nodes lie in global memory then
+            used, fits = mla.shared_bytes + kernels._STATIC_SHARED_BYTES + 1024 + node_bytes, False
+        assert (used > per_sm) == (kind == "many" and not fits), name  # nodes lie in global memory then
         seen.add((instance, kind))
         if kind == "short" and problem.dtype == "bfloat16":
             out, lse = (a[cascade.rows] for a in cascade.call(return_lse=True))
@@ -1232,6 +1234,7 @@ def test_sanitizer_cascades_run_every_instance() -> None:
         (spec.name, *template[:-1])
         for spec, arch in (
             (kernels.DECODE_CASCADE, "sm_90a"),
+            (kernels.DECODE_SM90_CASCADE, "sm_90a"),
             (kernels.MLA_CASCADE, "sm_90a"),
             (kernels.MLA_SM90_CASCADE, "sm_90a"),
         )
