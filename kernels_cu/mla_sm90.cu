@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(384, 1)
                       num_table_entries, qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift,
                       max_splits, cascade...);
   };
-  auto problem = uneven<kTileQ <= 16 ? 3 : 4, true>(make_problem());
+  auto problem = uneven<kTileQ <= 16 ? 3 : 4, true, kTileQ <= 16 ? 3 : kTileQ <= 32 ? 4 : 6>(make_problem());
   // Functions: what has an address, for a call to read, is in memory everywhere.
   constexpr bool kHasFlags = !kIsCascade && kTileQ > 16;
   const auto slots = [&]() {

@@ -139,16 +139,17 @@ struct Problem {
 };
 
 // The same where not all requests need have as many tiles. If they have not, a group counts for up to `kMost` tiles
-// more, half of a run's at most; without kLengthensRuns, only if runs are no longer for it, as the last one is shorter
-// than the others.
-template <int kMost, bool kLengthensRuns>
+// more, or, as begin_run knows with kQTilesOutermost, `kMostOfOne` where each request's rows are one tile's; half of a
+// run's at most; without kLengthensRuns, only if runs are no longer for it, as the last one is shorter than the others.
+template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost>
 struct UnevenProblem : Problem {
   static constexpr bool kMayBeUneven = true;
   int group_overhead;  // as CascadeProblem's, but found by begin_run
 
   // Of `num_groups` groups and `total` tiles, in runs of `quota`.
-  static __device__ __forceinline__ int overhead_of(int num_groups, int total, int quota, int max_ctas) {
-    const int overhead = min(kMost, quota / 2);
+  static __device__ __forceinline__ int overhead_of(int num_groups, int num_q_tiles, int total, int quota,
+                                                    int max_ctas) {
+    const int overhead = min(num_q_tiles == 1 ? kMostOfOne : kMost, quota / 2);
     const u32 most = kLengthensRuns ? kMostUnits : min(static_cast<u32>(quota) * max_ctas, kMostUnits);
     return static_cast<u64>(num_groups) * overhead <= most - total ? overhead : 0;
   }
@@ -474,7 +475,7 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
     }
     if (is_uneven) {
       const int num_groups = problem.batch_size * groups;
-      problem.group_overhead = problem.overhead_of(num_groups, total, partition.quota, max_ctas);
+      problem.group_overhead = problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
       units += max(end_request - first_request, 0) * groups * problem.group_overhead;
       end += end_request * groups * problem.group_overhead;
       total += num_groups * problem.group_overhead;
