@@ -49,8 +49,7 @@ struct Levels {
   int nodes_in_shared;
 };
 
-// To shared memory, by one warp. A function that is called cannot read them where they are: by an address, a kernel's
-// arguments are read from memory, a microsecond for each line of them.
+// To shared memory, by one warp, for functions that are called: by an address, a kernel's arguments are read from memory.
 __device__ __forceinline__ void copy_levels(Levels& smem_levels, const Levels& levels) {
   static_assert(sizeof(Levels) % 8 == 0);
 #pragma unroll 1
