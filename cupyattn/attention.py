@@ -12,6 +12,7 @@ from cupyattn.cache import PageTable, as_cache
 from cupyattn.plan import Plan, PlanCache, flatten
 from cupyattn.runs import Runs, as_split_size, check_options
 from cupyattn.runtime.launch import BoundLaunch
+from cupyattn.runtime.tensor_map import KeyBoxes
 
 TABLES = ("kv_indptr", "kv_indices", "kv_lens")
 OUTPUTS = ("out", "lse", "workspace")
@@ -60,6 +61,7 @@ class AttentionPlan(Plan):
     sm_scale: float | None = None  # where a call gives none
     needed_bytes = 0  # of workspace
     runs: Runs | None = None  # None where there is no work
+    key_boxes: KeyBoxes | None = None  # of a kernel that takes KeyMaps
 
     def __init_subclass__(cls) -> None:
         names: list[str] = []
@@ -145,8 +147,19 @@ class AttentionPlan(Plan):
                     )
 
     def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
-        """Return pointers to the inputs, as the kernel takes them."""
-        return super().bind(arrays, place)[: -len(OUTPUTS)]
+        """Return pointers to the inputs, as the kernel takes them; then KeyMaps, if it takes those."""
+        pointers = super().bind(arrays, place)[: -len(OUTPUTS)]
+        if self.key_boxes is None:
+            return pointers
+        keys = next(i for i, name in enumerate(self.array_names) if name.endswith("_pages"))
+        packed = self.key_boxes.pack(pointers[keys : keys + 2])
+        if self.key_boxes.rows and not packed:  # perhaps in a thread that has not used CUDA yet
+            with self.xp.cuda.Device(self.device):
+                self.xp.cuda.runtime.free(0)
+                packed = self.key_boxes.pack(pointers[keys : keys + 2])
+            if not packed:
+                self.key_boxes.rows = 0  # refused for good: nothing but addresses changes
+        return (*pointers, packed.ljust(kernels.KEY_MAPS_BYTES, b"\0"))
 
     def _run(
         self,

@@ -399,6 +399,7 @@ class MLASm90Config:
     is_cascade: bool = False
     num_threads: ClassVar[int] = 384
     tile_kv: ClassVar[int] = 64
+    most_box_rows: ClassVar[int] = 64  # keys of a box (tma.cuh): a tile's
     group_overhead: ClassVar[int] = 4
 
     @property
@@ -611,6 +612,9 @@ def _cascade(spec: KernelSpec, instances: Callable[[str], Iterator[tuple[str | i
 
 
 DECODE_CASCADE = register_kernel(_cascade(DECODE, _decode_cascade_instances))
+KEY_MAPS_BYTES = 320  # of KeyMaps in tma.cuh
+KEY_MAPS = ("key_maps", f"bytes:{KEY_MAPS_BYTES}:64")
+
 DECODE_SM90_CASCADE = register_kernel(
     _cascade(
         dataclasses.replace(
@@ -659,8 +663,6 @@ MLA_DECODE = register_kernel(
     )
 )
 
-KEY_MAPS_BYTES = 320  # of KeyMaps in mla_sm90.cu
-
 MLA_SM90_DECODE = register_kernel(
     dataclasses.replace(
         MLA_DECODE,
@@ -668,7 +670,7 @@ MLA_SM90_DECODE = register_kernel(
         source="mla_sm90.cu",
         symbol="cupyattn::mla_sm90_kernel",
         template=("T", "kTileQ"),
-        args=(*MLA_DECODE.args, ("key_maps", f"bytes:{KEY_MAPS_BYTES}:64")),
+        args=(*MLA_DECODE.args, KEY_MAPS),
         instances=_mla_sm90_instances,
         archs=("sm_90a",),
     )

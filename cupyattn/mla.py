@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +14,7 @@ from cupyattn.rope import Rope
 from cupyattn.runs import Runs, max_units
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
-from cupyattn.runtime.tensor_map import can_map, encode_tensor_map
-
-_MIN_BOX_ROWS, _MAX_BOX_ROWS = 8, 64  # of KeyMaps: swizzling goes by 8 rows, a tile has 64
+from cupyattn.runtime.tensor_map import KeyBoxes
 
 
 def mla_decode(
@@ -215,40 +211,18 @@ class MLAPlan(AttentionPlan):
     def _map_keys(
         self, runs: Runs, config: kernels.MLAConfig | kernels.MLASm90Config, cache: PagedMLACache
     ) -> None:
-        """Set `key_boxes`, of which `bind` makes KeyMaps: None if the kernel takes none, [] if these keys have none."""
-        self.key_boxes: list[tuple[Any, ...]] | None = None
-        if not isinstance(config, kernels.MLASm90Config):
-            return
-        self.key_boxes = []
-        runs.num_structs += 1
-        rows = math.gcd(cache.page_size, _MAX_BOX_ROWS)
-        arrays = (cache.ckv_pages, cache.kpe_pages)
-        strides = [a.strides[1::-1] for a in arrays]
-        if rows >= _MIN_BOX_ROWS and all(map(can_map, strides)) and cache.num_pages:
-            self.key_boxes = [
-                (a.shape[::-1], stride, (64, rows, 1)) for a, stride in zip(arrays, strides, strict=True)
-            ]
-
-    def _encode_maps(self, addresses: Sequence[int]) -> list[bytes | None]:
-        boxes = self.key_boxes or ()
-        return [encode_tensor_map(a, *box) for a, box in zip(addresses, boxes, strict=False)]
+        """Set `key_boxes` if the kernel takes KeyMaps."""
+        if isinstance(config, kernels.MLASm90Config):
+            runs.num_structs += 1
+            arrays = (cache.ckv_pages, cache.kpe_pages)
+            self.key_boxes = KeyBoxes(
+                [(a.shape[::-1], a.strides[1::-1]) for a in arrays], config.most_box_rows
+            )
 
     def bind(self, arrays: Sequence[Any], place: tuple[int, ...]) -> tuple[Any, ...]:
-        """Return pointers to the inputs; where the queries are one array, two into it. Then KeyMaps, if needed."""
+        """Return what `AttentionPlan.bind` does; where the queries are one array, two pointers into it."""
         q, q_kpe, *others = super().bind(arrays, place)
-        pointers = (q, q_kpe or q + self.q_kpe_offset, *others)
-        if self.runs is None or self.key_boxes is None:
-            return pointers
-        packed = b""
-        if self.key_boxes:
-            maps = self._encode_maps(others)
-            if None in maps:  # perhaps in a thread that has not used CUDA yet
-                with self.xp.cuda.Device(self.device):
-                    self.xp.cuda.runtime.free(0)
-                    maps = self._encode_maps(others)
-            if None not in maps:
-                packed = b"".join(filter(None, maps)) + struct.pack("<i", self.key_boxes[0][-1][1])
-        return (*pointers, packed.ljust(kernels.KEY_MAPS_BYTES, b"\0"))
+        return (q, q_kpe or q + self.q_kpe_offset, *others)
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
         q, q_kpe, cache, qo_indptr, pages, *_ = operands

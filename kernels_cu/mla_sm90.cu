@@ -21,7 +21,7 @@
 // group follows it before it adds. All threads that write or read what is told so arrive at its barrier: racecheck does
 // not follow one that arrives for its warp (as one does at the other CTA's barriers).
 //
-// Whole tiles of pages of eight tokens and more are copied in boxes (tma.cuh). Where a request has several query tiles of 64
+// Whole tiles of pages of a multiple of eight tokens are copied in boxes (tma.cuh). Where a request has several query tiles of 64
 // rows, CTAs come in clusters of two, which in long runs are a *pair*, with the same keys and a query tile each: each copies
 // half of a tile to both, or all that the SMs ask L2 for would take longer than the products. Other tiles are copied row by
 // row.
@@ -102,14 +102,6 @@ struct QueryPlace {
   int q_tile;
 };
 
-// Keys for the tensor memory accelerator: (column, token of the page, page), in boxes of 64 columns and `box_rows` tokens,
-// 8, 16, 32 or 64, which divide the page size; or none.
-struct KeyMaps {  // as MLAPlan.bind of mla.py packs it
-  TensorMap ckv;
-  TensorMap kpe;
-  int box_rows;  // 0: none
-};
-
 // clang-format off
 template <typename T, int kTileQ, typename... Cascade>
 __global__ void __launch_bounds__(384, 1)
@@ -145,7 +137,7 @@ __global__ void __launch_bounds__(384, 1)
                     int window_left,                    // -1: unbounded
                     float sm_scale,
                     float logits_soft_cap,              // 0: none
-                    const __grid_constant__ KeyMaps key_maps,
+                    const __grid_constant__ KeyMaps key_maps,  // of ckv and kpe: (column, token of the page, page)
                     const __grid_constant__ Cascade... cascade) {  // as decode.cu
   // clang-format on
   constexpr int kRows = 64;  // of a product
@@ -243,7 +235,7 @@ __global__ void __launch_bounds__(384, 1)
     mbarrier_init(queries_empty, kGroupThreads);
     mbarrier_init(columns_barrier.smem_barrier, kColumnThreads);
     fence_mbarrier_init();
-    if (key_maps.box_rows > 0) prefetch_map(key_maps.ckv), prefetch_map(key_maps.kpe);
+    if (key_maps.box_rows > 0) prefetch_map(key_maps.first), prefetch_map(key_maps.second);
   }
   if (in_cluster) cluster_arrive_relaxed();  // this one's barriers are there
   if (tid < 2) smem_run_end.clear();
@@ -451,10 +443,10 @@ __global__ void __launch_bounds__(384, 1)
             };
 #pragma unroll 1
             for (int block = first_block; block < end_block; block += block_step) {
-              copy_block(smem_half + block * kBlockBytes, key_maps.ckv,
+              copy_block(smem_half + block * kBlockBytes, key_maps.first,
                          half * kColumns + block * kBlockColumns);
             }
-            if (copies_kpe) copy_block(smem_kpe, key_maps.kpe, 0);
+            if (copies_kpe) copy_block(smem_kpe, key_maps.second, 0);
           }
           row += box_rows;
           if (row >= 32) break;

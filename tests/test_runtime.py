@@ -34,6 +34,7 @@ from cupyattn.runtime import (
     register_kernel,
     registry,
     source,
+    tensor_map,
 )
 from cupyattn.runtime.compiler import Param
 from cupyattn.runtime.launch import ArgLayout
@@ -1020,6 +1021,34 @@ def test_first_use_is_quick(cupy: Any) -> None:
     print("compiled", seconds[0], "cached", seconds[1:])
     assert seconds[0] <= 3
     assert min(seconds[1:]) <= 0.050
+
+
+def test_key_boxes(monkeypatch):
+    maps = []
+
+    def encode(address, shape, strides, box):
+        maps.append((address, shape, strides, box))
+        return None if address == 99 else bytes([len(maps)]) * 128
+
+    monkeypatch.setattr(tensor_map, "encode_tensor_map", encode)
+    pages = (128, 48, 2, 7), (512, 256, 24576)  # [7, 48, 2, 128], NHD
+    boxes = tensor_map.KeyBoxes([pages, pages], 32)
+    assert boxes.rows == 16
+    assert boxes.pack([16, 32]) == b"\1" * 128 + b"\2" * 128 + b"\x10\0\0\0"
+    assert maps == [(address, *pages, (64, 16, 1, 1)) for address in (16, 32)]
+    assert boxes.pack([16, 99]) == b""  # the driver refuses
+    latents = (512, 64, 7), (1152, 73728)
+    assert tensor_map.KeyBoxes([latents], 64).rows == 64
+    maps.clear()
+    for shape, strides in (
+        ((128, 12, 2, 7), pages[1]),  # no multiple of eight tokens
+        ((128, 48, 2, 0), pages[1]),
+        (pages[0], (512, 256, -24576)),
+    ):
+        none = tensor_map.KeyBoxes([pages, (shape, strides)], 32)
+        assert none.rows == 0
+        assert none.pack([16, 32]) == b""
+    assert not maps
 
 
 def test_strides_that_tensor_maps_can_have():

@@ -5,7 +5,7 @@ from .device import DeviceProperties, arch_of, device_properties, num_devices
 from .launch import Kernel, Launcher, LaunchError
 from .registry import CI_ARCHS, KernelSpec, get_kernel, get_spec, list_kernels, register_kernel
 from .source import get_include, kernels_root
-from .tensor_map import can_map, encode_tensor_map
+from .tensor_map import KeyBoxes, can_map, encode_tensor_map
 
 __all__ = [
     "CI_ARCHS",
@@ -15,6 +15,7 @@ __all__ = [
     "DeviceProperties",
     "Kernel",
     "KernelSpec",
+    "KeyBoxes",
     "LaunchError",
     "Launcher",
     "Program",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import struct
 from collections.abc import Sequence
 
 from .launch import driver
@@ -14,6 +16,8 @@ _SWIZZLE_128B = 3
 _PROMOTE_TO_256B = 3  # of a miss in L2
 _MAX_STRIDE = 1 << 40
 _STRIDE_UNIT = 16
+_BOX_COLUMNS = 64  # as many as the swizzle knows
+_MIN_BOX_ROWS = 8  # which it goes by
 
 
 def can_map(byte_strides: Sequence[int]) -> bool:
@@ -57,3 +61,35 @@ def encode_tensor_map(
         0,  # zeros outside
     )
     return None if status else memory.raw[start : start + _TENSOR_MAP_BYTES]
+
+
+class KeyBoxes:
+    """The boxes in which a kernel copies pages of two arrays of 16-bit numbers: what KeyMaps of tma.cuh says of them.
+
+    There are none where pages are no multiple of eight tokens, or an array's strides are none that maps can have.
+
+    Parameters
+    ----------
+    arrays : pair of (shape, byte_strides)
+        As for `encode_tensor_map`; the second axis is the tokens of a page.
+    most_rows : int
+        Tokens of a box at most; a power of two.
+    """
+
+    def __init__(self, arrays: Sequence[tuple[Sequence[int], Sequence[int]]], most_rows: int) -> None:
+        self.rows = math.gcd(most_rows, *(shape[1] for shape, _ in arrays))
+        if self.rows < _MIN_BOX_ROWS or not all(can_map(strides) and all(shape) for shape, strides in arrays):
+            self.rows = 0
+        self._arrays = arrays
+
+    def pack(self, addresses: Sequence[int]) -> bytes:
+        """Return KeyMaps of arrays that lie there, of no boxes if there are none or the driver refuses."""
+        maps = [
+            encode_tensor_map(address, shape, strides, (_BOX_COLUMNS, self.rows, *(1 for _ in shape[2:])))
+            for address, (shape, strides) in zip(addresses, self._arrays, strict=True)
+            if self.rows
+        ]
+        packed = b"".join(filter(None, maps))
+        if len(packed) < len(self._arrays) * _TENSOR_MAP_BYTES:
+            return b""
+        return packed + struct.pack("<i", self.rows)

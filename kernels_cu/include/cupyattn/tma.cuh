@@ -11,6 +11,14 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
+// Keys and values, or the two parts of latents, in boxes of 64 columns and `box_rows` tokens of a page, which divide the
+// page size: as KeyBoxes of tensor_map.py packs them.
+struct KeyMaps {
+  TensorMap first;
+  TensorMap second;
+  int box_rows;  // a power of two, 8 at least; 0: none
+};
+
 #if __CUDA_ARCH__ >= 900
 
 // Before others, or the accelerator, arrive at barriers that this thread has made.
@@ -21,6 +29,13 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 // Arrives, and says that so many bytes are to come before the phase can end.
 __device__ __forceinline__ void mbarrier_arrive_expecting(u32 smem_barrier, u32 num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(smem_barrier), "r"(num_bytes)
+               : "memory");
+}
+// Says so alone; before they come.
+__device__ __forceinline__ void mbarrier_expect(u32 smem_barrier, u32 num_bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;"
                :
                : "r"(smem_barrier), "r"(num_bytes)
                : "memory");
@@ -40,7 +55,17 @@ __device__ __forceinline__ void copy_box(u32 smem_address, const TensorMap& map,
       : "r"(smem_address), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_barrier), "l"(policy)
       : "memory");
 }
-// The same to both CTAs of a cluster, at the same place in each, for the same barrier of each.
+// The same of four axes.
+__device__ __forceinline__ void copy_box(u32 smem_address, const TensorMap& map, int x, int y, int z, int w,
+                                         u32 smem_barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+      :
+      : "r"(smem_address), "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(smem_barrier), "l"(policy)
+      : "memory");
+}
+// That of three axes to both CTAs of a cluster, at the same place in each, for the same barrier of each.
 __device__ __forceinline__ void copy_box_to_both(u32 smem_address, const TensorMap& map, int x, int y, int z,
                                                  u32 smem_barrier, u64 policy) {
   asm volatile(
