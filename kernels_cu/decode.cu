@@ -717,37 +717,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
       }
     };
     if constexpr (kUsesWgmma) {
-      // A quad has lines of 8 rows, and then of 8 more.
-#pragma unroll 1
-      for (int row = warp * kWarpRows + quad_row, half = 0; row - quad_row < num_rows && half < kRowBlocks;
-           row += 8, ++half) {
-        SoftmaxState own = state[0][0];
-        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
-        own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
-        const float inverse = own.inverse_sum();
-        const bool exists = row < num_rows;
-        float x[partials.kRowLines][8];
-#pragma unroll
-        for (int line = 0; line < partials.kRowLines; ++line)
-#pragma unroll
-          for (int i = 0; i < 8; ++i) x[line][i] = wide_acc[(line * 4 + i / 2) * 4 + i % 2];
-        if (!is_complete) {
-          partials.write_lines(tile.state_row + row, 0, lane % 4, x, inverse, own.lse_log2(), exists);
-        } else if (exists) {
-          const auto target = result_at(row, quad_col);
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 8; ++i) {
-            target.write(i * 8, x[i / 4][i % 4 * 2] * inverse, x[i / 4][i % 4 * 2 + 1] * inverse);
-          }
-          target.write_lse(own.lse_log2());
-        }
-        // The next 8 take their place: code for both would take longer to fetch than this to run.
-        if constexpr (kRowBlocks == 2) {
-          state[0][0] = state[0][1];
-#pragma unroll
-          for (int i = 0; i < kHeadDim / 2; ++i) wide_acc[i] = wide_acc[i | 2];
-        }
-      }
+      write_rows<kRowBlocks>(tile, partials, state[0], wide_acc, warp * kWarpRows, num_rows, lane,
+                             [&](int row) { return result_at(row, quad_col); });
     } else {
       // The warps' states become one.
 #pragma unroll

@@ -43,6 +43,7 @@
 #include "cupyattn/partials.cuh"
 #include "cupyattn/run.cuh"
 #include "cupyattn/schedule.cuh"
+#include "cupyattn/softmax.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/tma.cuh"
 #include "cupyattn/wgmma.cuh"
@@ -747,14 +748,7 @@ __global__ void __launch_bounds__(384, 1)
         if (warp_row < note.num_rows()) {
           float scale = sm_scale * kLog2E;  // logits of base 2 are s * scale
           if (logits_soft_cap > 0.0f || !(sm_scale > 0.0f)) {
-            // A capped logit is cap * tanh(s * sm_scale / cap).
-            const float inverse_cap = reciprocal_approx(logits_soft_cap);
-#pragma unroll
-            for (int i = 0; i < kLogits; ++i) {
-              s[i] = logits_soft_cap > 0.0f
-                         ? logits_soft_cap * kLog2E * tanh_accurate(s[i] * (sm_scale * inverse_cap))
-                         : s[i] * scale;
-            }
+            finish_logits(s, sm_scale, logits_soft_cap);
             scale = 1.0f;
           }
           // What a row must not see is -inf. Most tiles are seen whole by every row.
@@ -784,44 +778,10 @@ __global__ void __launch_bounds__(384, 1)
             }
           }
 
-          // Online softmax. The four lanes of a quad have a row. Weights up to 2^8 are as exact as those up to 1, so the
-          // maximum is left alone until a logit is so far above it.
-          constexpr float kSlack = 8.0f;
-          float logit_max[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            logit_max[half] = neg_infinity();
-#pragma unroll
-            for (int n = 0; n < kTileKV / 8; ++n) {
-              logit_max[half] = fmaxf(logit_max[half], fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
-            }
-            logit_max[half] *= scale;
-          }
-          if (__any_sync(0xffffffffu,
-                         logit_max[0] > state[0].max + kSlack || logit_max[1] > state[1].max + kSlack)) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float& x = logit_max[half];
-              x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-              x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-              raises |= state[half].max != neg_infinity();
-              factor[half] = state[half].raise(x);
-            }
-            raises = __any_sync(0xffffffffu, raises);
-          }
-          const float offset[2] = {state[0].offset(), state[1].offset()};
+          raises = raise_maxima(s, scale, state, factor);
+          weigh_keys<T>(s, scale, state, p);
 #pragma unroll
           for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const float* pair = s + (step * 2 + n) * 4 + half * 2;
-                const float x = exp2_approx(fmaf(pair[0], scale, -offset[half]));
-                const float y = exp2_approx(fmaf(pair[1], scale, -offset[half]));
-                state[half].sum += x + y;
-                p[step][n * 2 + half] = pack2<T>(x, y);
-              }
             smem_weights[(warp % 4 * kSteps + step) * 32 + lane] =
                 make_uint4(p[step][0], p[step][1], p[step][2], p[step][3]);
           }

@@ -6,6 +6,7 @@
 #include "cupyattn/divide.cuh"
 #include "cupyattn/partials.cuh"
 #include "cupyattn/schedule.cuh"
+#include "cupyattn/state.cuh"
 #include "cupyattn/types.cuh"
 
 namespace cupyattn {
@@ -133,6 +134,47 @@ struct Output {
             dim == 0 && lse != nullptr ? lse + token * lse_stride_token + head * lse_stride_head : nullptr};
   }
 };
+
+// The states of a warp's rows at the end of a segment, from accumulators (wgmma.cuh): `row`, of those of this lane's quad,
+// and with kBlocks == 2 `row + 8`. They are partial states or, if complete, results; `result_at(row)` is where these
+// go, from this lane's first column on. The second eight rows take the place of the first: code for both would take longer to
+// fetch than this to run.
+template <int kBlocks = 2, typename Partials, int kNumbers, typename ResultAt>
+__device__ __forceinline__ void write_rows(const TileInfo& tile, const Partials& partials,
+                                           SoftmaxState (&state)[2], float (&acc)[kNumbers], int first_row,
+                                           int num_rows, int lane, const ResultAt& result_at) {
+  const bool is_complete = tile.group.num_partials == 1;
+  const int quad_row = lane / 4;
+#pragma unroll 1
+  for (int row = first_row + quad_row, block = 0; row - quad_row < num_rows && block < kBlocks;
+       row += 8, ++block) {
+    SoftmaxState own = state[0];
+    own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
+    own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
+    const float inverse = own.inverse_sum();
+    const bool exists = row < num_rows;
+    float x[Partials::kRowLines][8];
+#pragma unroll
+    for (int line = 0; line < Partials::kRowLines; ++line)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[line][i] = acc[(line * 4 + i / 2) * 4 + i % 2];
+    if (!is_complete) {
+      partials.write_lines(tile.state_row + row, 0, lane % 4, x, inverse, own.lse_log2(), exists);
+    } else if (exists) {
+      const auto target = result_at(row);
+#pragma unroll
+      for (int i = 0; i < kNumbers / 4; ++i) {
+        target.write(i * 8, x[i / 4][i % 4 * 2] * inverse, x[i / 4][i % 4 * 2 + 1] * inverse);
+      }
+      target.write_lse(own.lse_log2());
+    }
+    if constexpr (kBlocks == 2) {
+      state[0] = state[1];
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) acc[i] = acc[i | 2];
+    }
+  }
+}
 
 // Of the group that `tile` has ended a segment of, lines `first_line` .. `end_line` - 1, by `team`. `scratch`: shared
 // memory, kMergeScratch floats a warp.
