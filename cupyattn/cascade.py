@@ -17,6 +17,7 @@ from cupyattn.plan import PlanCache
 from cupyattn.runs import CascadeRuns, check_options, check_zeroed, max_units
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
+from cupyattn.runtime.tensor_map import KeyBoxes
 
 Levels = CascadeLevels | Sequence[tuple[PageTable, Any]]
 
@@ -248,6 +249,16 @@ class _DecodePlan(_CascadePlan, DecodePlan):
             num_kv_heads=cache.num_kv_heads, page_size=cache.page_size, levels=levels,
         )  # fmt: skip
         self.runs.fix(*self._arguments(q, cache, out, lse, 0))
+        if isinstance(config, kernels.DecodeSm90Config):
+            self.runs.num_structs += 1
+            shape = (cache.head_dim, cache.page_size, cache.num_kv_heads, cache.num_pages)
+            self.key_boxes = KeyBoxes(
+                [
+                    (shape, [2 * stride for stride in (token, head, page)])
+                    for page, token, head in (cache.k_strides, cache.v_strides)
+                ],
+                config.most_box_rows,
+            )
 
     def _reference(self, operands: tuple[Any, ...], **options: Any) -> tuple[Any, Any]:
         q, cache, _, levels, *_ = operands

@@ -91,6 +91,7 @@ class DecodeSm90Config:
     num_threads: ClassVar[int] = 384
     tile_q: ClassVar[int] = 128
     tile_kv: ClassVar[int] = 64
+    most_box_rows: ClassVar[int] = 32  # keys of a box (tma.cuh): those of a warp that copies
     heads: ClassVar[int] = 1
     ctas_per_sm: ClassVar[int] = 1
     flags_states: ClassVar[bool] = False
@@ -623,6 +624,7 @@ DECODE_SM90_CASCADE = register_kernel(
             source="decode_sm90.cu",
             symbol="cupyattn::decode_sm90_kernel",
             template=("T", "kHeadDim"),
+            args=(*DECODE.args, KEY_MAPS),
             archs=("sm_90a",),
         ),
         _decode_sm90_instances,

@@ -3,9 +3,11 @@
 // A tile of 128 query rows x 64 keys is two warpgroups', 64 rows each, which read the same keys (wgmma.cuh):
 //   S = Q K^T         [rows, keys]   from shared memory; accumulators become the A operand of the next product
 //   O += P V          [rows, head_dim]
-// Four more warps copy, up to kStages tiles ahead. A stage is *full* when its keys and values have landed, and *empty*
-// when both warpgroups are done with it. These take turns at starting products: while one has its softmax, the tensor
-// cores have the other's S, and its own O of the tile before.
+// Four more warps copy, up to kStages tiles ahead: whole tiles in boxes (tma.cuh), if pages are of a multiple of eight
+// tokens, others row by row. A stage is *full* when its keys and values have landed, and *empty* when both warpgroups are done with it. These
+// take turns at starting products: while one has its softmax, the tensor cores have the other's S, and its own O of the
+// tile before. A segment of up to 64 rows is one warpgroup's, and the other goes on to the next: what is long about
+// requests' own keys, a tile or two, is to end one segment and to begin another.
 //
 // The warps that copy have nothing left to do when the last tiles are on their way. So they find where the states of this
 // CTA's rows will be, and wait for them: merging (cascade.cuh) is a long way through code that runs once, of which that
@@ -22,6 +24,7 @@
 #include "cupyattn/partials.cuh"
 #include "cupyattn/run.cuh"
 #include "cupyattn/schedule.cuh"
+#include "cupyattn/softmax.cuh"
 #include "cupyattn/state.cuh"
 #include "cupyattn/tile.cuh"
 #include "cupyattn/tma.cuh"
@@ -98,6 +101,7 @@ __global__ void __launch_bounds__(384, 1)
                        int window_left,
                        float sm_scale,
                        float logits_soft_cap,
+                       const __grid_constant__ KeyMaps key_maps,  // (column, token of the page, KV head, page); boxes of up to 32 tokens
                        const __grid_constant__ Cascade cascade) {
   // clang-format on
   constexpr int kRows = 64;  // of a warpgroup
@@ -105,6 +109,7 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int kTileKV = 64;
   constexpr int kStages = 4;
   constexpr int kQueryBuffers = 2;
+  constexpr int kSegments = 3;  // that are told of: two being worked on, and the next
   constexpr int kThreads = 384;
   constexpr int kRowThreads = 256;  // of both warpgroups
   constexpr int kCopyThreads = kThreads - kRowThreads;
@@ -137,14 +142,14 @@ __global__ void __launch_bounds__(384, 1)
                              group};
   };
 
-  __shared__ Segment smem_segments[kQueryBuffers];
+  __shared__ Segment smem_segments[kSegments];
   __shared__ RunEnd smem_run_end;
   __shared__ bool smem_all_there;
   __shared__ Levels smem_levels;
   using Inputs = MergeInputs<T, kHeadDim, kTileQ>;
   __shared__ alignas(16) unsigned char smem_inputs[sizeof(Inputs)];
   const Inputs& inputs = *reinterpret_cast<const Inputs*>(smem_inputs);
-  __shared__ Positions<kTileQ, kQueryBuffers> smem_positions;  // by the rows of a segment's queries
+  __shared__ Positions<kTileQ, kSegments> smem_positions;
   __shared__ __align__(8) u64 smem_barriers[2 * kStages + 2 * kQueryBuffers + 1];
   const u32 barriers = smem_address_of(smem_barriers);
   const auto full_at = [&](int stage) { return barriers + stage * 8; };
@@ -162,6 +167,8 @@ __global__ void __launch_bounds__(384, 1)
   touch(v_stride_page);
   touch(lse_stride_head);
   touch(logits_soft_cap);
+  if (tid == kRowThreads && key_maps.box_rows > 0)
+    prefetch_map(key_maps.first), prefetch_map(key_maps.second);
   if (tid == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full_at(stage), kCopyThreads);
@@ -176,7 +183,8 @@ __global__ void __launch_bounds__(384, 1)
   }
   Cursor<kTileKV, kTileQ, false> load;
   Partition partition;
-  // Of a warp that copies: 32 rows of keys or of values. Each lane finds one, a tile before the copy.
+  // Of a warp that copies: 32 rows of keys or of values. Each lane finds one, a tile before the copy, or a segment before it
+  // if it is of a segment's first tile.
   const int copy_warp = warp - kRowThreads / 32;
   const bool finds_v = copy_warp / 2 == 1;
   const int own_row = copy_warp % 2 * 32 + tid % 32;  // of the tile
@@ -184,10 +192,10 @@ __global__ void __launch_bounds__(384, 1)
   const T* const pages_begin = finds_v ? v_pages : k_pages;
   FoundRow found;
   const auto keys_left = [&]() { return load.request.kv_len - load.token_begin(); };
-  const auto find_row = [&](int ahead) {  // starts the read of the page table
-    if (own_row + ahead >= keys_left()) return;
-    found.page =
-        static_cast<int>(load_early(found.find(page, load.pages, load.token_begin() + ahead + own_row)));
+  // Starts the read of the page table, for the tile at `token_begin` of a cursor's request.
+  const auto find_row = [&](FoundRow& row, const auto& cursor, int token_begin) {
+    if (token_begin + own_row >= cursor.request.kv_len) return;
+    row.page = static_cast<int>(load_early(row.find(page, cursor.pages, token_begin + own_row)));
   };
   const auto found_row = [&]() {  // waits for it
     return pages_begin + strides.offset(found.page, found.token, load.kv_head);
@@ -245,18 +253,24 @@ __global__ void __launch_bounds__(384, 1)
     }
   };
 
-  // What the segment is that begins at `load`, by one warp.
-  const auto tell_segment = [&](int buffer) {
-    smem_positions.write(problem, load, buffer);
+  // The last tile of the segment that begins at `load`.
+  const auto last_of_segment = [&]() {
+    auto last = load;
+    const int num_tiles = min(load.request.num_tiles() - load.tile, load.unit_end - load.unit);
+    last.tile += num_tiles - 1;
+    last.unit += num_tiles - 1;
+    return last;
+  };
+  // What the segment is, by one warp.
+  const auto tell_segment = [&](int place) {
+    smem_positions.write(problem, load, place);
     if (lane_id() == 0) {
-      auto last = load;
-      Segment& segment = smem_segments[buffer];
-      segment.num_tiles = min(load.request.num_tiles() - load.tile, load.unit_end - load.unit);
+      const auto last = last_of_segment();
+      Segment& segment = smem_segments[place];
+      segment.num_tiles = last.tile + 1 - load.tile;
       segment.num_rows = min(load.request.qo_len * group_size - load.q_tile * kTileQ, kTileQ);
-      last.tile += segment.num_tiles - 1;
-      last.unit += segment.num_tiles - 1;
       segment.ends_run = last.ends_run(problem);
-      segment.last = TileInfo::of<Slots::kRowLines>(last, problem, partition, true, true, buffer);
+      segment.last = TileInfo::of<Slots::kRowLines>(last, problem, partition, true, true, 0);
     }
   };
   // Lines of the result that this CTA merges, a third each of its three teams: both warpgroups, and the warps that copy. These
@@ -290,7 +304,7 @@ __global__ void __launch_bounds__(384, 1)
   if (copy_warp >= 0) {
     // --- Copies ---
     if (!is_found) {
-      find_row(0);
+      find_row(found, load, load.token_begin());
       if (own_row < keys_left() && window_left < 0) prefetch_row(found_row());
     }
     wait_for_predecessor();
@@ -298,15 +312,32 @@ __global__ void __launch_bounds__(384, 1)
     int segment = 0;
     int first_seen = 0;  // the first key in anybody's window
     bool begins_segment = true;
+    // The next segment, and where its first tile's row lies: found where this one begins. After its last tile's copies, what
+    // is read from memory would wait behind them.
+    auto next = load;
+    FoundRow next_found;
+    int last_tile = 0;
 #pragma unroll 1
-    for (u32 t = 0; !load.done(); ++t) {
+    for (u32 t = 0;; ++t) {
       const int stage = t % kStages;
-      if (begins_segment && window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
+      if (begins_segment) {
+        if (window_left >= 0) first_seen = problem.template first_seen<kTileQ>(load);
+        last_tile = last_of_segment().tile;
+      }
       const int num_keys = keys_left();
       const int num_hidden = first_seen - load.token_begin();
-      const bool ends_segment = load.ends_segment(problem);
-      const u64 address = reinterpret_cast<u64>(found_row());
-      if (!ends_segment) find_row(kTileKV);  // before the copies, behind which page ids would wait
+      const bool ends_segment = load.tile == last_tile;
+      // Whole tiles of whole boxes: a lane copies one, of this warp's rows.
+      const int box_rows = key_maps.box_rows;
+      const bool in_boxes = uniform(box_rows > 0 && num_keys >= kTileKV && num_hidden <= 0 &&
+                                    (load.token_begin() & box_rows - 1) == 0);
+      const int box = lane / kBlocks;
+      const int box_page = __shfl_sync(0xffffffffu, found.page, box * box_rows);
+      const int box_token = __shfl_sync(0xffffffffu, found.token, box * box_rows);
+      u64 address = 0;
+      if (!in_boxes) address = reinterpret_cast<u64>(found_row());
+      if (!ends_segment)
+        find_row(found, load, load.token_begin() + kTileKV);  // before the copies, behind which it would wait
       // What other query tiles read too is to stay in L2 for a while.
       const u64 policy =
           load.request.qo_len * group_size > kTileQ ? evict_normal_policy() : evict_first_policy();
@@ -315,16 +346,27 @@ __global__ void __launch_bounds__(384, 1)
       // 0 * NaN leaks. Eight lanes a row, 128 bytes at once.
       const u32 target = smem_address_of(smem_kv) + (stage * 2 + finds_v) * kTileBytes;
       const int first_copied = copy_warp % 2 * 32;
+      if (in_boxes) {
+        if (lane == 0) mbarrier_expect(full_at(stage), 32 * Layout::kRowBytes);
+        __syncwarp();
+        if (box * box_rows < 32) {
+          const int block = lane % kBlocks;
+          copy_box(target + block * Layout::kBlockBytes + (first_copied + box * box_rows) * kBlockRowBytes,
+                   finds_v ? key_maps.second : key_maps.first, block * kBlockColumns, box_token, load.kv_head,
+                   box_page, full_at(stage), policy);
+        }
+      } else {
 #pragma unroll 4
-      for (int i = lane / 8; i < 32; i += 4) {
-        const int row = first_copied + i;
-        const bool exists = row < num_keys && row >= num_hidden;
-        const u64 row_address = __shfl_sync(0xffffffffu, address, i);
-        const T* source = exists ? reinterpret_cast<const T*>(row_address) + lane % 8 * 8 : k_pages;
+        for (int i = lane / 8; i < 32; i += 4) {
+          const int row = first_copied + i;
+          const bool exists = row < num_keys && row >= num_hidden;
+          const u64 row_address = __shfl_sync(0xffffffffu, address, i);
+          const T* source = exists ? reinterpret_cast<const T*>(row_address) + lane % 8 * 8 : k_pages;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          cp_async_16(target + block * Layout::kBlockBytes + block_offset(row, lane % 8),
-                      exists ? source + block * kBlockColumns : source, exists, policy);
+          for (int block = 0; block < kBlocks; ++block) {
+            cp_async_16(target + block * Layout::kBlockBytes + block_offset(row, lane % 8),
+                        exists ? source + block * kBlockColumns : source, exists, policy);
+          }
         }
       }
       if (begins_segment && t > 0) {  // the first segment's queries are copied by those who use them
@@ -333,14 +375,24 @@ __global__ void __launch_bounds__(384, 1)
         copy_queries(buffer, copy_warp, Int<kCopyThreads / 32>());
       }
       mbarrier_arrive_after_copies(full_at(stage));
-      if (begins_segment && t > 0 && copy_warp == 0) {
-        tell_segment(segment % kQueryBuffers);
-        mbarrier_arrive(segment_full_at(segment % kQueryBuffers));
+      if (begins_segment) {
+        if (t > 0 && segment % (kCopyThreads / 32) == copy_warp) {
+          tell_segment(segment % kSegments);
+          mbarrier_arrive(segment_full_at(segment % kQueryBuffers));
+        }
+        next = last_of_segment();
+        next.advance(problem);
+        if (!next.done()) find_row(next_found, next, next.token_begin());
       }
-      load.advance(problem);
-      if (ends_segment && !load.done()) find_row(0);
       begins_segment = ends_segment;
-      segment += ends_segment;
+      if (!ends_segment) {
+        ++load.tile;
+      } else {
+        if (next.done()) break;
+        load = next;
+        found = next_found;
+        ++segment;
+      }
     }
     if (!(is_short && has_room)) launch_dependents();
     cp_async_commit();
@@ -388,15 +440,15 @@ __global__ void __launch_bounds__(384, 1)
   const int warpgroup = warp / 4;
   const int quad_row = tid % 32 / 4;
   const int quad_col = tid % 4 * 2;
-  const u32 keys = uniform(smem_address_of(smem_kv));
-  const u32 queries =
-      keys + kStages * 2 * kTileBytes + warpgroup * kRows * kBlockRowBytes;  // of this warpgroup
-  const u32 zeros = keys + kStages * 2 * kTileBytes + kQueryBuffers * kQueryBytes;
+  // Products take what they read from registers that all lanes have in common: sums of what the compiler knows to be so.
+  const u32 keys = smem_address_of(smem_kv);
+  const u32 queries = keys + kStages * 2 * kTileBytes;
+  const u32 zeros = queries + kQueryBuffers * kQueryBytes;
   float acc[kHeadDim / 2] = {};  // [kHeadDim / 8][4], see wgmma.cuh
   SoftmaxState state[2];  // of rows quad_row and quad_row + 8 of the warp; `sum` over this thread's keys only
   // Starts S = Q K^T of a tile that is there.
-  const auto multiply_keys = [&](float (&s)[kLogits], int stage, int buffer) {
-    const Operand q_operand = swizzled_operand(queries + buffer * kQueryBytes, 0);
+  const auto multiply_keys = [&](float (&s)[kLogits], u32 stage, u32 own_queries) {
+    const Operand q_operand = swizzled_operand(own_queries, 0);
     const Operand k_operand = swizzled_operand(keys + stage * 2 * kTileBytes, 0);
     wgmma_fence();
 #pragma unroll
@@ -409,73 +461,74 @@ __global__ void __launch_bounds__(384, 1)
   };
   // Starts O += P V.
   u32 p[kSteps][4] = {};  // the A operand of each 16 keys; zeros where a segment begins
-  const auto multiply_values = [&](bool has_values, int stage) {
+  const auto multiply_values = [&](bool has_values, u32 stage) {
     // Or zeros, in the place of all rows: with a branch around products, the compiler would wait for all of them.
     const u32 place = has_values ? keys + (stage * 2 + 1) * kTileBytes : zeros;
-    const Operand v_operand =
-        swizzled_operand(place, has_values ? Layout::kBlockBytes : 0, has_values ? kEightRows : 0);
-    const u32 step_bytes = has_values ? 16 * kBlockRowBytes : 0;
+    const u32 eight_bytes = has_values ? kEightRows : 0;
+    const Operand v_operand = swizzled_operand(place, has_values ? Layout::kBlockBytes : 0, eight_bytes);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
-      wgmma_rs<T>(acc, p[step], advance(v_operand, step * step_bytes));
+      wgmma_rs<T>(acc, p[step], advance(v_operand, step * 2 * eight_bytes));
     wgmma_commit();
   };
   const auto wait_for = [&](u32 t) {
     mbarrier_wait(full_at(t % kStages), t / kStages & 1);
     fence_async_proxy();
   };
+  // Logits of base 2 are s * scale.
+  const bool is_plain = !(logits_soft_cap > 0.0f) && sm_scale > 0.0f;
+  const float scale = is_plain ? sm_scale * kLog2E : 1.0f;
 #pragma unroll 1
   for (u32 t = 0, number = 0;; ++number) {
     const int buffer = number % kQueryBuffers;
     if (number > 0) mbarrier_wait(segment_full_at(buffer), (number - 1) / kQueryBuffers & 1);
-    const Segment& segment = smem_segments[buffer];
+    const int place = number % kSegments;
+    const Segment& segment = smem_segments[place];
     const int num_rows = uniform(segment.num_rows);
     const bool ends_run = uniform(segment.ends_run);
-    if (warpgroup * kRows >= num_rows) {  // nobody's
+    const bool takes_turns = num_rows > kRows;  // or the segment is one warpgroup's, and the next the other's
+    const bool is_own = takes_turns || number % 2 == warpgroup;
+    const int first_row = takes_turns ? warpgroup * kRows : 0;  // of this warpgroup
+    const int warp_row = first_row + warp % 4 * 16;
+    if (!is_own) {
+      mbarrier_arrive(segment_empty_at(buffer));
 #pragma unroll 1
       for (const u32 end = t + uniform(segment.num_tiles); t < end; ++t) {
         wait_for(t);
         mbarrier_arrive(empty_at(t % kStages));
       }
     } else {
-      const bool has_rows = warp * 16 < num_rows;  // this warp, or its weights are zeros
-      const bool takes_turns = num_rows > kRows;
+      const bool has_rows = warp_row < num_rows;  // or this warp's weights are zeros
       if (takes_turns && warpgroup == 1) pass_turn_to(0);
+      const u32 own_queries = uniform(queries + buffer * kQueryBytes + first_row * kBlockRowBytes);
+      const int2 seen = smem_positions.seen[place];
       int token_begin = segment.last.token_begin - (segment.num_tiles - 1) * kTileKV;
+      bool begins_segment = true;
 #pragma unroll 1
-      for (bool begins_segment = true, is_last = false; !is_last;
-           ++t, begins_segment = false, token_begin += kTileKV) {
-        is_last = uniform(token_begin == segment.last.token_begin);
+      for (int left = segment.num_tiles; left > 0; --left, ++t, token_begin += kTileKV) {
         wait_for(t);
         if (takes_turns) wait_for_turn(warpgroup);
+        const u32 now = uniform(begins_segment ? ~0u << 31 | t : t & ~0u >> 1);
         float s[kLogits];
-        multiply_keys(s, t % kStages, buffer);
-        multiply_values(!begins_segment, (t - 1) % kStages);
-        if (takes_turns && !(warpgroup == 1 && is_last)) pass_turn_to(1 - warpgroup);
-        const bool is_masked = !smem_positions.all_see(buffer, token_begin, token_begin + kTileKV - 1);
+        multiply_keys(s, now % kStages, own_queries);
+        multiply_values(now >> 31 == 0, (now - 1) % kStages);
+        if (takes_turns && (warpgroup == 0 || left > 1)) pass_turn_to(1 - warpgroup);
         wgmma_wait<1>();
         pin(s);
+        // The queries' place is free. What is told of the segment is needed until its end, by which this thread has not
+        // arrived for the next one: nobody is told of the third after it before.
+        if (left == 1) mbarrier_arrive(segment_empty_at(buffer));
         float factor[2] = {1.0f, 1.0f};
         bool rescales = false;
-        float scale = sm_scale * kLog2E;  // logits of base 2 are s * scale
+        const bool is_masked = token_begin < seen.x || token_begin + kTileKV - 1 > seen.y;
         if (has_rows) {
-          if (logits_soft_cap > 0.0f || !(sm_scale > 0.0f)) {
-            // A capped logit is cap * tanh(s * sm_scale / cap).
-            const float inverse_cap = reciprocal_approx(logits_soft_cap);
-#pragma unroll
-            for (int i = 0; i < kLogits; ++i) {
-              s[i] = logits_soft_cap > 0.0f
-                         ? logits_soft_cap * kLog2E * tanh_accurate(s[i] * (sm_scale * inverse_cap))
-                         : s[i] * scale;
-            }
-            scale = 1.0f;
-          }
+          if (!is_plain) finish_logits(s, sm_scale, logits_soft_cap);
           if (is_masked) {  // what a row must not see is -inf
             const int kv_len = segment.last.kv_len;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int last = smem_positions.at(problem, buffer, warp * 16 + half * 8 + quad_row, kv_len);
+              const int last = smem_positions.at(problem, place, warp_row + half * 8 + quad_row, kv_len);
 #pragma unroll
               for (int n = 0; n < kTileKV / 8; ++n)
 #pragma unroll
@@ -486,89 +539,32 @@ __global__ void __launch_bounds__(384, 1)
                 }
             }
           }
-          // Online softmax. The four lanes of a quad have a row. Weights up to 2^8 are as exact as those up to 1, so the
-          // maximum is left alone until a logit is so far above it.
-          constexpr float kSlack = 8.0f;
-          float logit_max[2];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            logit_max[half] = neg_infinity();
-#pragma unroll
-            for (int n = 0; n < kTileKV / 8; ++n) {
-              logit_max[half] = fmaxf(logit_max[half], fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]));
-            }
-            logit_max[half] *= scale;
-          }
-          if (__any_sync(0xffffffffu,
-                         logit_max[0] > state[0].max + kSlack || logit_max[1] > state[1].max + kSlack)) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float& x = logit_max[half];
-              x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-              x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-              rescales |= state[half].max != neg_infinity();
-              factor[half] = state[half].raise(x);
-            }
-            rescales = __any_sync(0xffffffffu, rescales);
-          }
+          rescales = raise_maxima(s, scale, state, factor);
         }
         wgmma_wait<0>();
         pin(acc);
         if (!begins_segment) mbarrier_arrive(empty_at((t - 1) % kStages));
+        begins_segment = false;
         if (rescales) {  // rare after a segment's first tiles
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) acc[i] *= factor[i / 2 % 2];
         }
         if (has_rows) {
-          const float offset[2] = {state[0].offset(), state[1].offset()};
-#pragma unroll
-          for (int i = 0; i < kLogits; i += 2) {
-            const int half = i / 2 % 2;
-            const float x = exp2_approx(fmaf(s[i], scale, -offset[half]));
-            const float y = exp2_approx(fmaf(s[i + 1], scale, -offset[half]));
-            state[half].sum += x + y;
-            p[i / 8][i / 4 % 2 * 2 + half] = pack2<T>(x, y);
-          }
+          weigh_keys<T>(s, scale, state, p);
         }
       }
-      multiply_values(true, (t - 1) % kStages);
+      multiply_values(true, uniform(t - 1) % kStages);
       wgmma_wait<0>();
       pin(acc);
       mbarrier_arrive(empty_at((t - 1) % kStages));
     }
     // --- Its state is the result or the run's partial state. ---
-    const TileInfo& tile = segment.last;
-    const bool is_complete = tile.group.num_partials == 1;
-    // A quad has lines of 8 rows, and then of 8 more, which take the place of the first: code for both would take
-    // longer to fetch than this to run.
-#pragma unroll 1
-    for (int row = warp * 16 + quad_row, half = 0; row - quad_row < num_rows && half < 2; row += 8, ++half) {
-      SoftmaxState own = state[0];
-      own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 1);
-      own.sum += __shfl_xor_sync(0xffffffffu, own.sum, 2);
-      const float inverse = own.inverse_sum();
-      const bool exists = row < num_rows;
-      float x[Slots::kRowLines][8];
-#pragma unroll
-      for (int line = 0; line < Slots::kRowLines; ++line)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[line][i] = acc[(line * 4 + i / 2) * 4 + i % 2];
-      if (!is_complete) {
-        slots().write_lines(tile.state_row + row, 0, tid % 4, x, inverse, own.lse_log2(), exists);
-      } else if (exists) {
-        const auto target = result_row(problem, results(), tile, row, quad_col);
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) {
-          target.write(i * 8, x[i / 4][i % 4 * 2] * inverse, x[i / 4][i % 4 * 2 + 1] * inverse);
-        }
-        target.write_lse(own.lse_log2());
-      }
-      state[0] = state[1];
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) acc[i] = acc[i | 2];
+    if (is_own) {
+      const TileInfo& tile = segment.last;
+      write_rows(tile, slots(), state, acc, warp_row, num_rows, tid % 32,
+                 [&](int row) { return result_row(problem, results(), tile, row, quad_col); });
     }
     if (ends_run) break;
-    mbarrier_arrive(segment_empty_at(buffer));
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) acc[i] = 0.0f;
     for (auto& step : p) step[0] = step[1] = step[2] = step[3] = 0;
