@@ -5,9 +5,11 @@ All but what needs a device by nature runs on NumPy too, in small, so that the t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,6 +44,7 @@ from problems import STORAGES, build_mla_problem, build_problem, to_float64, to_
 from strategies import MLA_DIMS, cascade_arguments
 
 import cupyattn
+from cupyattn import cascade as cascade_module
 from cupyattn.cache import PageTable
 from cupyattn.levels import CascadeLevels
 from cupyattn.runs import is_zeroed
@@ -159,6 +162,58 @@ def test_groups_that_count_for_more_than_their_tiles(gpu, tiles, kind):
         for name, arguments in large(gpu).items():
             if kind == "gqa":
                 check_cascade(build_cascade(**arguments, xp=gpu), (name, tiles))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [4, 8, 16, 24, 64, 128])
+def test_pages_of_the_widest_tile(gpu, page_size):
+    """It copies whole tiles of pages in boxes, where these divide pages; the ends of groups, and others, row by row."""
+    kinds = list(itertools.product(("NHD", "HND"), STORAGES))
+    names = ("many-share-one", "hundreds-of-groups", "short-own", "window", "permuted-tokens", "long-own")
+    shapes = {name: large(gpu)[name] for name in names}
+    # The first key that anybody sees is in the middle of a box, of a tile that begins where boxes do.
+    shapes["in-a-box"] = {
+        "own_lens": list(range(200, 392, 3)), "shared": [([64], [512])], "window_left": 500,
+    }  # fmt: skip
+    rows_of_boxes = math.gcd(page_size, 32)
+    with tile_rows(128):
+        for i, (name, shape) in enumerate(shapes.items()):
+            layout, storage = kinds[(page_size + i) % len(kinds)]
+            arguments = {
+                "head_dim": (64, 128)[i % 2], "dtype": DTYPES[page_size // 8 % 2], "num_kv_heads": 1 + i // 3,
+                "layout": layout, "storage": storage, "page_size": page_size, "seed": i,
+            }  # fmt: skip
+            cascade = build_cascade(**shape, **arguments, xp=gpu)
+            assert box_rows(cascade, cascade.problem.cache) == (rows_of_boxes if rows_of_boxes >= 8 else 0)
+            check_cascade(cascade, (name, arguments))
+
+
+def box_rows(cascade, cache):
+    """What KeyMaps say that the kernel is given for this cache."""
+    levels, operands = cascade_module._operands(
+        "test", cascade.problem.q, cache, cascade.levels, None, None, None
+    )
+    _, pointers, _ = cascade_module._plans(False, levels.num_levels).find(operands)
+    key_maps = next(x for x in pointers if isinstance(x, bytes))
+    return struct.unpack_from("<i", key_maps, 2 * 128)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_boxes_and_rows_have_the_same_bits(gpu, page_size):
+    """Pages in the opposite order, from the last one down, have strides that no map of boxes has."""
+    with tile_rows(128):
+        for head_dim in (64, 128):
+            arguments = {"head_dim": head_dim, "page_size": page_size, "num_kv_heads": 2}
+            cascade = build_cascade(**large(gpu)["many-share-one"], **arguments, xp=gpu)
+            p, expected = cascade.problem, cascade_bytes(cascade)
+            reversed_cache = tuple(gpu.ascontiguousarray(a[::-1])[::-1] for a in p.cache.nhd())
+            assert box_rows(cascade, p.cache) == min(page_size, 32)
+            assert box_rows(cascade, reversed_cache) == 0
+            out, lse = cupyattn.cascade_decode(
+                p.q, reversed_cache, cascade.levels, return_lse=True, **cascade.options
+            )
+            assert to_host(out[cascade.rows]).tobytes() + to_host(lse[cascade.rows]).tobytes() == expected
 
 
 # -- large ones --
@@ -514,6 +569,9 @@ extern "C" __global__ void fill(unsigned pattern, int num_words, unsigned* last)
 """
 
 
+PATTERNS = (0, 0x7FC07FC0, 0x7E7F7E7F, 0x40404040, 0xC0A0C0A0)  # in bfloat16: 0, NaN, huge, 3, -5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile_q", [16, 32, 64, 128])
 def test_what_lay_in_shared_memory_changes_no_bit(gpu, tile_q):
@@ -526,19 +584,9 @@ def test_what_lay_in_shared_memory_changes_no_bit(gpu, tile_q):
         for group_size in (8, 3, 1):
             cascade = build_cascade([700, 300, 40] * 20, [([60], [3000])], group_size=group_size, xp=gpu)
             found = set()
-            for pattern in (
-                0,
-                0x7FC07FC0,
-                0x7E7F7E7F,
-                0x40404040,
-                0xC0A0C0A0,
-            ):  # 0, NaN, huge, 3, -5: in bfloat16
-                fill(
-                    (num_sms,),
-                    (1024,),
-                    (np.uint32(pattern), np.int32(num_bytes // 4), last),
-                    shared_mem=num_bytes,
-                )
+            for pattern in PATTERNS:
+                arguments = np.uint32(pattern), np.int32(num_bytes // 4), last
+                fill((num_sms,), (1024,), arguments, shared_mem=num_bytes)
                 found.add(cascade_bytes(cascade))
                 assert (last == pattern).all()
             assert len(found) == 1, group_size
@@ -668,11 +716,21 @@ def test_one_graph_of_many_calls(gpu, pools):
         assert not any(counts), (i, counts)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_dependent_launches_wait_for_what_they_read(xp, head_dim):
-    """`append` writes the keys and queries that `cascade_decode` reads; launches share a workspace."""
+@pytest.mark.parametrize(
+    ("head_dim", "tile_q"), [(64, None), (128, None), (256, None), (64, 128), (128, 128)]
+)
+def test_dependent_launches_wait_for_what_they_read(xp, head_dim, tile_q):
+    """`append` writes the keys and queries that `cascade_decode` reads; launches share a workspace.
+
+    The widest tile reads the first request's last keys, a whole tile of 64, in boxes.
+    """
+    with contextlib.nullcontext() if tile_q is None else tile_rows(tile_q):
+        check_dependent_launches(xp, head_dim)
+
+
+def check_dependent_launches(xp, head_dim):
     cascade = build_cascade(
-        [size(xp, 3000, 30), 1, 40], [([3], [size(xp, 5000, 50)])], head_dim=head_dim, poison=False, xp=xp
+        [size(xp, 3008, 64), 1, 40], [([3], [size(xp, 5000, 50)])], head_dim=head_dim, poison=False, xp=xp
     )
     p, own = cascade.problem, cascade.levels.levels[-1][0]
     rng = xp.random.default_rng(1)
@@ -747,18 +805,21 @@ def test_many_threads_at_once(xp):
 @pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["many-share-one", "long-own", "tree-of-eight-levels"])
-@pytest.mark.parametrize("tile_q", [None, 64, 128])
 @pytest.mark.parametrize(
     "arguments", [{"group_size": 8}, {"mla": True}, {"mla": True, "num_heads": 128}], ids=str
 )
-def test_where_another_kernel_holds_the_sms(gpu, name, arguments, tile_q):
+def test_where_another_kernel_holds_the_sms(gpu, name, arguments):
     """CTAs that end before all have started must not wait for those that cannot start: the bits are the same."""
-    if tile_q is None:
-        return check_beside_another_kernel(gpu, name, arguments)
-    if "mla" in arguments:
-        pytest.skip("tiles as chosen")
+    check_beside_another_kernel(gpu, name, arguments)
+
+
+@pytest.mark.alone
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["many-share-one", "long-own", "tree-of-eight-levels"])
+@pytest.mark.parametrize("tile_q", [64, 128])
+def test_tiles_where_another_kernel_holds_the_sms(gpu, name, tile_q):
     with tile_rows(tile_q):
-        return check_beside_another_kernel(gpu, name, arguments)
+        check_beside_another_kernel(gpu, name, {"group_size": 8})
 
 
 def check_beside_another_kernel(gpu, name, arguments):
