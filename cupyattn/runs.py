@@ -43,7 +43,7 @@ class Tiles(Protocol):
 
     @property
     def flags_states(self) -> bool:
-        """Whether of partial states only the flags must be zero between launches (FlaggedPartials of partials.cuh)."""
+        """Whether of partial states only the flags must be zero between launches (FlaggedPartials of flagged.cuh)."""
 
     @property
     def group_overhead(self) -> int:

@@ -412,12 +412,7 @@ __global__ void __launch_bounds__(384, 1)
     }
     // Who waits for states must not keep CTAs from starting that are to write some: partials.cuh.
     if (tid == kRowThreads) {
-      constexpr int kMostPolls = 16;
-      bool all_there = false;
-      for (int polls = 0; !all_there && polls < kMostPolls; ++polls) {
-        all_there = ctas(partition).all_are_there(load_relaxed(&departures->counts));
-      }
-      smem_all_there = all_there;
+      smem_all_there = ctas(partition).all_are_there();
     }
     mbarrier_arrive(is_decided);
     mbarrier_wait(is_decided, 0);

@@ -6,7 +6,8 @@
 // Three warpgroups of 128 threads:
 //   columns  two groups, each with 256 of the 512 columns of O. Tiles are theirs in turn: the group whose tile it is
 //            computes S = Q K^T over all 576 = 512 + 64 columns, the softmax and so the weights P; both add P V.
-//   copies   keys, and the queries of all segments but the first; and what a tile is.
+//   copies   keys, and the queries of all segments but the first; and what a tile is. At the run's end, with flagged.cuh, they
+//            wait for the states that this CTA merges, and copy them, while others still write this CTA's.
 //
 //     group 0  | P V of n - 1 | S of n | softmax | P V of n |                       | P V of n + 1 | S of n + 2 ...
 //     group 1         | P V of n - 1 |           (keys)     | P V of n | S of n + 1 | softmax | P V of n + 1 | ...
@@ -27,17 +28,18 @@
 // row.
 //
 // Shared memory, in blocks of 64 columns (wgmma.cuh), nine of which are a row:
-//   queries            64 rows, 72 KiB
+//   queries            64 rows, 72 KiB; at the end, states that are merged
 //   keys, values       2 tiles x 64 rows, 72 KiB each; where a segment ends, its results in the place of its last tile
 //   weights            8 KiB
 // A row of the query tile is (query token, query head): row = token * num_heads + head.
-// Partial states of more than 16 rows have flags (partials.cuh), but for cascades, whose merge takes single rows from all
+// Partial states of more than 16 rows have flags (flagged.cuh), but for cascades, whose merge takes single rows from all
 // over.
 
 #include "cupyattn/barrier.cuh"
 #include "cupyattn/cascade.cuh"
 #include "cupyattn/cp_async.cuh"
 #include "cupyattn/divide.cuh"
+#include "cupyattn/flagged.cuh"
 #include "cupyattn/launch.cuh"
 #include "cupyattn/paged.cuh"
 #include "cupyattn/partials.cuh"
@@ -61,23 +63,65 @@ struct MergeInputs {
   Results output;
 };
 
+// Of a merge of FlaggedPartials: where states are gathered, and if `all_there` by the threads that copy, round by round. The
+// others wait for `full`, and tell `empty`; `number` is that of the first round, of both barriers' phases. Of other states, the
+// room alone counts.
+struct Gathering {
+  FlaggedRound::Room& room;
+  bool all_there;
+  u32 full;
+  u32 empty;
+  u32 number;
+};
+
 // A call, which nothing in registers outlives: inlined, it would leave the loop before it too few of them. A copy, because
 // what a call gets by reference is in memory, and read there again after every asm statement.
 template <int kThreads, int kTileKV, bool kIsCascade, typename Inputs>
 __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier,
                                          const Inputs& inputs_in_memory, const Partition& smem_partition,
-                                         float* scratch) {
+                                         Gathering gathering) {
   const Inputs inputs = inputs_in_memory;
-  run_end.merge(inputs.ctas, barrier, [&](const auto& shares) {
-    if constexpr (kIsCascade) {
-      const Partition partition = smem_partition;
-      merge_rows<kThreads, kTileKV>(inputs.problem, partition, inputs.partials, inputs.output, shares,
-                                    scratch);
-    } else {
-      constexpr Halves kHalves = decltype(inputs.partials)::kHasFlags ? Halves::kNone : Halves::kOfLines;
-      merge_shares<8, kThreads, false, kHalves>(inputs.partials, inputs.output, shares, scratch);
+  __builtin_assume(__isShared(&gathering.room));
+  if constexpr (decltype(inputs.partials)::kHasFlags) {
+    constexpr int kGroupThreads = kThreads / 2;
+    const auto add = [&](const TileInfo& share, const FlaggedRound& round) {
+      add_lines<kThreads, decltype(inputs.partials)>(round, gathering.room, barrier, [&](int row, int dim) {
+        return inputs.output.row_at(share, row, dim);
+      });
+      barrier.wait();  // the room is free again
+    };
+    if (__builtin_expect(gathering.all_there, 1)) {
+      for_each_round(run_end.shared, [&](const TileInfo& share, const FlaggedRound& round) {
+        mbarrier_wait(gathering.full, gathering.number & 1);
+        add(share, round);
+        if (threadIdx.x < kGroupThreads) mbarrier_arrive(gathering.empty);
+        ++gathering.number;
+      });
+      return;
     }
-  });
+    // A CTA had not started yet, so these threads do it all.
+    if (threadIdx.x == 0) run_end.ask(inputs.ctas);
+    run_end.merge(inputs.ctas, barrier, [&](const auto& shares) {
+      for_each_round(shares, [&](const TileInfo& share, const FlaggedRound& round) {
+        if (threadIdx.x < kGroupThreads) {
+          gather_lines<kGroupThreads>(inputs.partials, round, gathering.room, threadIdx.x, 0);
+        }
+        barrier.wait();
+        add(share, round);
+      });
+    });
+  } else {
+    float* scratch = reinterpret_cast<float*>(&gathering.room);
+    run_end.merge(inputs.ctas, barrier, [&](const auto& shares) {
+      if constexpr (kIsCascade) {
+        const Partition partition = smem_partition;
+        merge_rows<kThreads, kTileKV>(inputs.problem, partition, inputs.partials, inputs.output, shares,
+                                      scratch);
+      } else {
+        merge_shares<8, kThreads, false, Halves::kOfLines>(inputs.partials, inputs.output, shares, scratch);
+      }
+    });
+  }
 }
 
 // What must be known of every tile, in one word; of some, more is in smem_tiles.
@@ -192,7 +236,6 @@ __global__ void __launch_bounds__(384, 1)
   // the weights that this group has seen, of segments in turn: a group may be at the next one's end.
   __shared__ float smem_max[2][kRows];
   __shared__ float smem_sums[2][2][kRows];
-  __shared__ float smem_scales[kHasFlags ? 2 : 1][kTileQ];  // of rows' halves
   // Of a tile: written before its halves are full, read until its states are written. Then the third tile after it may have
   // been begun, but not the fourth.
   constexpr int kNotes = 4;
@@ -206,7 +249,7 @@ __global__ void __launch_bounds__(384, 1)
   __shared__ int2 smem_seen;  // of the segment whose keys are being copied; not a cascade's
   __shared__ Positions<kTileQ, kIsCascade ? 2 : 0> smem_positions;  // of segments in turn
   // Of each tile's halves of columns.
-  __shared__ __align__(8) u64 smem_barriers[4 * kStages + 5];
+  __shared__ __align__(8) u64 smem_barriers[4 * kStages + 6];
   const u32 barriers = smem_address_of(smem_barriers);
   const auto full_at = [&](int stage, int half) { return barriers + (stage * 2 + half) * 8; };
   const auto empty_at = [&](int stage, int half) { return barriers + (kStages * 2 + stage * 2 + half) * 8; };
@@ -214,6 +257,13 @@ __global__ void __launch_bounds__(384, 1)
   const u32 queries_full = barriers + (kStages * 4 + 2) * 8;
   const u32 queries_empty = queries_full + 8;
   CountedBarrier columns_barrier{queries_full + 16, 0};  // of both groups
+  // Whether all CTAs have started, and none has departed, so that this one can wait for their states as soon as its own keys
+  // are copied. Then states go through the queries' place, and take turns there as queries do.
+  const u32 is_decided = queries_full + 24;
+  __shared__ bool smem_all_there;
+  __shared__ u32 smem_first_round;  // of both barriers' phases
+  FlaggedRound::Room& room = *reinterpret_cast<FlaggedRound::Room*>(smem_q);
+  static_assert(sizeof(room) <= kTileBytes);
 
   const int tid = threadIdx.x;
   const int warp = uniform(tid / 32);
@@ -235,6 +285,7 @@ __global__ void __launch_bounds__(384, 1)
     mbarrier_init(queries_full, kCopyThreads);
     mbarrier_init(queries_empty, kGroupThreads);
     mbarrier_init(columns_barrier.smem_barrier, kColumnThreads);
+    mbarrier_init(is_decided, 1);
     fence_mbarrier_init();
     if (key_maps.box_rows > 0) prefetch_map(key_maps.first), prefetch_map(key_maps.second);
   }
@@ -368,13 +419,13 @@ __global__ void __launch_bounds__(384, 1)
       pages = load.pages;
     };
     enter(smem_load);
-    const auto find_row = [&](int ahead) {  // starts the read of the page table
+    const auto find_row = [&](FoundRow& found, int ahead) {  // starts the read of the page table
       const int row = ahead + first_copied + lane_id();
       if (row >= num_keys) return;
       found.page = static_cast<int>(load_early(found.find(page, pages, token_begin + row)));
     };
     if (!is_found) {
-      find_row(0);
+      find_row(found, 0);
       // The first keys are on their way into L2; before the window may be any pages.
       if (first_copied + lane_id() < num_keys && (!kIsCascade || window_left < 0)) prefetch_row();
     }
@@ -424,6 +475,8 @@ __global__ void __launch_bounds__(384, 1)
       // The second tile only when the first is there, which CTAs that start late would get behind all others' second. With
       // more rows it gains nothing.
       if (!kIsCascade && kTileQ <= 16 && t == 1) mbarrier_wait(full_at(0, half), 0);
+      FoundRow next = found;  // of the next tile: read before this one's copies, behind which that would wait
+      if (tiles_left > 1) find_row(next, kTileKV);
       mbarrier_wait(empty_at(stage, half), t / kStages & 1 ^ 1);
       if (in_boxes) {
         const bool is_first = lane_id() == 0;
@@ -459,9 +512,7 @@ __global__ void __launch_bounds__(384, 1)
         // Keys past the end, or before the first seen, are not read and become zeros: what lies there may be NaN, and
         // 0 * NaN leaks. Eight lanes a row, 128 bytes at once.
         const int lane = lane_id();
-        u64 address = ckv_row();
-        const u64 kpe_address = kpe_row();
-        if (tiles_left > 1) find_row(kTileKV);  // before the copies, behind which page ids would wait
+        const u64 address = ckv_row();
         const auto is_read = [&](int row) { return row < num_keys && (!kIsCascade || row >= num_hidden); };
 #pragma unroll 2
         for (int i = lane / 8; i < 32; i += 4) {
@@ -477,7 +528,7 @@ __global__ void __launch_bounds__(384, 1)
           }
         }
         if (with_kpe) {
-          address = kpe_address;
+          const u64 address = kpe_row();
 #pragma unroll 2
           for (int i = lane / 8; i < 32; i += 4) {
             const bool exists = is_read(first_copied + i);
@@ -551,7 +602,7 @@ __global__ void __launch_bounds__(384, 1)
         --tiles_left;
         token_begin += kTileKV;
         num_keys -= kTileKV;
-        if (in_boxes) find_row(0);
+        found.page = next.page, found.token = next.token;
       } else {
         Tiles load = smem_load;
         const int tiles_before = min(load.request.num_tiles() - load.tile, load.unit_end - load.unit) - 1;
@@ -564,7 +615,7 @@ __global__ void __launch_bounds__(384, 1)
         is_last = uniform(load.done());
         if (!is_last) {
           enter(load);
-          find_row(0);
+          find_row(found, 0);
         }
       }
       if (copies_queries) {
@@ -578,6 +629,27 @@ __global__ void __launch_bounds__(384, 1)
     if (is_long) launch_dependents();
     cp_async_commit();
     cp_async_wait<0>();  // nobody else's memory is written to
+    if constexpr (kHasFlags) {
+      // Who waits for states must not keep CTAs from starting that are to write some: partials.cuh.
+      const int own = tid - kColumnThreads;
+      if (own == 0) {
+        smem_all_there = ctas().all_are_there();
+        if (smem_all_there) ctas().end();
+        smem_first_round = segment;
+        mbarrier_arrive(is_decided);
+      }
+      sync_warpgroup(2);
+      if (!smem_all_there) return;
+      // Before they wait: under a sanitizer the columns' threads, who are to write states, stop where they arrive.
+      if (in_pair) cluster_arrive_relaxed();
+      for_each_round(smem_run_end.shared, [&](const TileInfo&, const FlaggedRound& round) {
+        mbarrier_wait(queries_empty, segment & 1);
+        gather_lines<kCopyThreads>(slots(), round, room, own, 2);
+        mbarrier_arrive(queries_full);
+        ++segment;
+      });
+      if (in_pair) cluster_wait();
+    }
     return;
   }
 
@@ -672,7 +744,7 @@ __global__ void __launch_bounds__(384, 1)
         take_weights(p, note.num_rows());
         tell_sums();
         add_values(p, values_at(1 - group));
-        if (note.ends_run() && tid == 0) smem_run_end.ask(ctas());
+        if (!kHasFlags && note.ends_run() && tid == 0) smem_run_end.ask(ctas());
         wgmma_wait<0>();
         pin(acc);
       } else {
@@ -739,7 +811,7 @@ __global__ void __launch_bounds__(384, 1)
         note = smem_notes[t % kNotes];
         note.bits = uniform(note.bits);
         pin(s);
-        if (note.ends_segment() && !note.ends_run()) mbarrier_arrive(queries_empty);
+        if (note.ends_segment()) mbarrier_arrive(queries_empty);
 
         const int lane = lane_id();
         u32 p[kSteps][4];
@@ -794,7 +866,7 @@ __global__ void __launch_bounds__(384, 1)
         mbarrier_arrive(weights_at(group));
         if (raises) multiply_values(factor);
         add_values(p, values_at(group));
-        if (note.ends_run() && tid == 0) smem_run_end.ask(ctas());
+        if (!kHasFlags && note.ends_run() && tid == 0) smem_run_end.ask(ctas());
         wgmma_wait<0>();
         pin(acc);
         if (!note.ends_segment()) {
@@ -822,61 +894,23 @@ __global__ void __launch_bounds__(384, 1)
         of_row.sum = smem_sums[segment % 2][0][row] + smem_sums[segment % 2][1][row];
         return make_float2(of_row.inverse_sum(), of_row.lse_log2());
       };
-      const float2 own_stats = stats_of(first_row + lane % kWarpRows);  // a lane has such a row
-      if (kHasFlags || is_complete) {
+      if (is_complete) {
         // Its numbers, of 16 bits, take the place of the tile's values: rows of 512 bytes, with chunks of 16 XORed with
         // the row's last three bits, so that neither columns of pairs nor rows are in the same banks.
         constexpr int kRowBytes = kColumns * 2;
         const u32 place = smem_address_of(smem_q) + tile_offset;
         if (warp_row < num_rows) {
-          float factor[2] = {stats_of(warp_row + lane / 4).x, stats_of(warp_row + lane / 4 + 8).x};
-          if (kHasFlags && !is_complete) {
-            // A quad has a row of this half of the columns.
-            const auto largest_of = [&](int half, auto of_finite) {
-              float largest = 0.0f;
-#pragma unroll
-              for (int n = 0; n < kColumns / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                  const float x = fabsf(acc[n * 4 + half * 2 + i]);
-                  if (!of_finite.value || x < -neg_infinity()) largest = fmaxf(largest, x);
-                }
-              largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-              return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor[half];
-            };
-            float largest[2] = {largest_of(0, Bool<false>()), largest_of(1, Bool<false>())};
-            const bool all_finite[2] = {largest[0] < -neg_infinity(), largest[1] < -neg_infinity()};
-            if (__any_sync(0xffffffffu, !(all_finite[0] && all_finite[1]))) {
-              largest[0] = largest_of(0, Bool<true>());
-              largest[1] = largest_of(1, Bool<true>());
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const float scale = scale_to_pack(largest[half], all_finite[half]);
-              factor[half] *= scale;
-              if (lane % 4 == 0) {
-                smem_scales[group][warp_row + half * 8 + lane / 4] = reciprocal_of_power(scale);
-              }
-            }
-          }
+          const float factor[2] = {stats_of(warp_row + lane / 4).x, stats_of(warp_row + lane / 4 + 8).x};
           const u32 first = place + (warp_row + lane % 16) * kRowBytes + 16 * (lane / 16 ^ lane % 8);
-          const auto pack = [&](auto type) {
-            using Packed = decltype(type);
 #pragma unroll
-            for (int n = 0; n < kColumns / 8; n += 2) {
-              u32 x[4];
+          for (int n = 0; n < kColumns / 8; n += 2) {
+            u32 x[4];
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const float* pair = acc + (n + i / 2) * 4 + i % 2 * 2;
-                x[i] = pack2<Packed>(pair[0] * factor[i % 2], pair[1] * factor[i % 2]);
-              }
-              stmatrix_x4((first ^ n % 8 * 16) + n / 8 * 128, x);
+            for (int i = 0; i < 4; ++i) {
+              const float* pair = acc + (n + i / 2) * 4 + i % 2 * 2;
+              x[i] = pack2<T>(pair[0] * factor[i % 2], pair[1] * factor[i % 2]);
             }
-          };
-          if (is_complete) {
-            pack(T());
-          } else if constexpr (kHasFlags) {
-            pack(half_t());
+            stmatrix_x4((first ^ n % 8 * 16) + n / 8 * 128, x);
           }
         }
         if constexpr (kTileQ < kRows) {
@@ -884,19 +918,15 @@ __global__ void __launch_bounds__(384, 1)
         } else {
           __syncwarp();  // a warp writes the rows that it has packed
         }
-        const int own_row = first_row + lane % kWarpRows;
-        u64 own_target;
-        if (is_complete) {
-          const auto result = [&]() {
-            const int row = min(own_row, num_rows - 1);
-            if constexpr (kIsCascade) return result_row(problem, results(), last, row, 0);
-            return results().row_at(last, row, 0);
-          }();
-          own_target = reinterpret_cast<u64>(result.out + group * kColumns);
-          if (group == 0 && lane < kWarpRows && own_row < num_rows) result.write_lse(own_stats.y);
-        } else if constexpr (kHasFlags) {
-          own_target = reinterpret_cast<u64>(slots().row_at(last.state_row + own_row) + group * kColumns);
-        }
+        const int own_row = first_row + lane % kWarpRows;  // a lane has such a row
+        const float2 own_stats = stats_of(own_row);
+        const auto result = [&]() {
+          const int row = min(own_row, num_rows - 1);
+          if constexpr (kIsCascade) return result_row(problem, results(), last, row, 0);
+          return results().row_at(last, row, 0);
+        }();
+        const u64 own_target = reinterpret_cast<u64>(result.out + group * kColumns);
+        if (group == 0 && lane < kWarpRows && own_row < num_rows) result.write_lse(own_stats.y);
 #pragma unroll 4
         for (int row = first_row; row < first_row + kWarpRows; ++row) {
           const uint4 x =
@@ -904,41 +934,45 @@ __global__ void __launch_bounds__(384, 1)
           const u64 target = __shfl_sync(0xffffffffu, own_target, row - first_row);
           if (row < num_rows) store16(target + lane * 16, x);
         }
-        if constexpr (kHasFlags) {
-          if (!is_complete) {
-            // A lane has a row, or some of its lines; flags come after what they stand for.
-            constexpr int kHalfLines = Slots::kRowLines / 2;
-            const u64 flag = line_flag(own_stats.y, smem_scales[group][own_row]);
-            const int first_line = (last.state_row + own_row) * Slots::kRowLines + group * kHalfLines;
-            __syncwarp();
-            fence_acq_rel();
-            if (own_row < num_rows) {
-#pragma unroll
-              for (int line = lane / kWarpRows; line < kHalfLines; line += 32 / kWarpRows) {
-                store_relaxed(slots().flag_at(0, first_line + line), flag);
-              }
-            }
-          }
-        }
-      } else if constexpr (!kHasFlags && kTileQ == kRows) {
+      } else if constexpr (kHasFlags || kTileQ == kRows) {
         // A quad has lines of 8 rows, and then of 8 more, which take the place of the first: code for both would take
         // longer to fetch than this to run.
         const auto partials = slots();
+        u64 flags[2] = {};  // of both rows, or of the only one in the second place
 #pragma unroll 1
         for (int row = warp_row + lane / 4; row - lane / 4 < min(num_rows, warp_row + 16); row += 8) {
-          constexpr int kHalfLines = Slots::kRowLines / 2;
-          float x[kHalfLines][8];
+          constexpr int kParts = kColumns / 32;
+          float x[kParts][8];
 #pragma unroll
-          for (int line = 0; line < kHalfLines; ++line)
+          for (int part = 0; part < kParts; ++part)
 #pragma unroll
-            for (int i = 0; i < 8; ++i) x[line][i] = acc[(line * 4 + i / 2) * 4 + i % 2];
+            for (int i = 0; i < 8; ++i) x[part][i] = acc[(part * 4 + i / 2) * 4 + i % 2];
           const float2 stats = stats_of(row);
-          partials.write_lines(last.state_row + row, group * kHalfLines, lane % 4, x, stats.x, stats.y,
-                               row < num_rows);
+          const auto write = [&]() {
+            return partials.write_lines(last.state_row + row, group * (Slots::kRowLines / 2), lane % 4, x,
+                                        stats.x, stats.y, row < num_rows);
+          };
+          if constexpr (kHasFlags) {
+            flags[0] = flags[1], flags[1] = write();
+          } else {
+            write();
+          }
 #pragma unroll
           for (int i = 0; i < kColumns / 2; ++i) acc[i] = acc[i | 2];
         }
-      } else if constexpr (!kHasFlags) {
+        if constexpr (kHasFlags) {
+          // A lane has a line of its quad's rows. Flags come after what they stand for.
+          static_assert(Slots::kRowLines == 2 * 4);
+          const int row = warp_row + lane / 4;
+          u64* target = partials.flags +
+                        Slots::line_of(0, (last.state_row + row) * Slots::kRowLines + group * 4 + lane % 4);
+          const bool has_both = num_rows - warp_row > 8;
+          __syncwarp();
+          fence_acq_rel();
+          if (row < num_rows) store_relaxed(target, has_both ? flags[0] : flags[1]);
+          if (row + 8 < num_rows) store_relaxed(target + 8 * Slots::kRowLines, flags[1]);
+        }
+      } else {
         // Pairs of columns that a quad has of a row: through shared memory, each warp writes some of the few rows, 128
         // columns next to each other. Four columns lie in a place that is XORed with twice the row's last two bits, so
         // that rows are in different banks.
@@ -961,6 +995,7 @@ __global__ void __launch_bounds__(384, 1)
         if (warp_row < kTileQ) stage_rows(0, warp_row), stage_rows(1, warp_row + 8);
         sync_warpgroup(group);
         const int rows_left = num_rows - first_row;  // from the warp's first one on
+        const float2 own_stats = stats_of(first_row + lane % kWarpRows);
         if (rows_left > 0) {
           const auto partials = slots();
           static_assert(kColumns == 2 * partials.kSpan && kColumns == 8 * 32, "a row of a group is a warp's");
@@ -999,9 +1034,11 @@ __global__ void __launch_bounds__(384, 1)
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
+  if constexpr (kHasFlags) mbarrier_wait(is_decided, 0);
   const auto merge = [&](const auto& inputs) {
-    merge_apart<kColumnThreads, kTileKV, kIsCascade>(smem_run_end, columns_barrier, inputs, smem_partition,
-                                                     reinterpret_cast<float*>(smem_q));
+    merge_apart<kColumnThreads, kTileKV, kIsCascade>(
+        smem_run_end, columns_barrier, inputs, smem_partition,
+        Gathering{room, kHasFlags && smem_all_there, queries_full, queries_empty, smem_first_round});
   };
   if constexpr (kIsCascade) {
     merge(MergeInputs<decltype(make_problem()), Slots, decltype(results())>{make_problem(), ctas(), slots(),

@@ -1183,7 +1183,7 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
         out, lse = cupyattn.mla_decode(problem.q, cache, problem.pages, return_lse=True, **problem.options)
         wanted, wanted_lse = attend(problem)
         assert not misses(out, lse, (wanted[..., :512], wanted_lse), problem.dtype, np), name
-    assert heads == {16, 24, 32, 40, 128}
+    assert heads == {16, 24, 32, 40, 64, 128}
     shapes = {
         kernels.mla_sm90_config(
             -(-problem.q.shape[0] // len(problem.kv_lens)) * problem.q.shape[1],
@@ -1194,7 +1194,7 @@ def test_sanitizer_mla_problems_are_right_on_numpy() -> None:
         for problem in problems
     }
     assert shapes == {*kernels.mla_configs("sm_90a"), *kernels.MLA_SM90_CONFIGS}
-    assert len(names) == 2 * 5 * (2 * 2 + 2) + 4
+    assert len(names) == 2 * 5 * (2 * 2 + 2) + 5
 
 
 def test_sanitizer_cascades_run_every_instance() -> None:

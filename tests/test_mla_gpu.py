@@ -49,7 +49,7 @@ from strategies import FIXED_SPLIT_SIZES, MLA_DIMS, mla_arguments
 
 import cupyattn
 from cupyattn import PagedMLACache, Rope, kernels, mla_append, mla_decode
-from cupyattn.runs import is_zeroed
+from cupyattn.runs import is_zeroed, workspace_layout
 from cupyattn.runtime.device import device_properties
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000")) // 5
@@ -367,6 +367,34 @@ def test_merges(xp, pools, num_heads):
         [size(xp, 4160, 100)], page_size=8, group_size=size(xp, num_heads, 4), dense=True, **rows_of(xp)
     )
     check(one, num_heads)
+
+
+@pytest.mark.parametrize("num_heads", [3, 20, 32, 61, 64])
+@pytest.mark.parametrize("tile_q", [32, 64])
+def test_states_in_rounds(xp, tile_q, num_heads):
+    """One long request, alone and beside another: from some states of a group to as many as there are CTAs.
+
+    A CTA merges whole lines, of which there are seldom as many for each, and where states are many only some at once.
+    What states lie in is spoilt before each launch: who takes them before they are there, does not take the last ones.
+    """
+    if xp is not np and device_properties().arch != "sm_90a":
+        pytest.skip("there, one kernel has all shapes")
+    config = next(c for c in kernels.MLA_SM90_CONFIGS if c.tile_q == tile_q)
+    workspace = None if xp is np else cupyattn.decode_workspace()
+    with mla_shape(config):
+        for num_tiles in size(xp, (5, 31, 32, 33, 65, 85, 100, 127, 128, 129, 131, 132, 150), (1, 2)):
+            for other in (None, 3, num_tiles + 1):
+                kv_lens = [64 * n - 5 for n in (num_tiles, other) if n is not None]
+                problem = build(xp, kv_lens, num_heads=size(xp, num_heads, 3), page_size=16, seed=num_tiles)
+                check(problem, (tile_q, num_heads, kv_lens))
+                results = set()
+                for _ in range(size(xp, 4, 2)):
+                    if workspace is not None:
+                        layout = workspace_layout(workspace.device.id)
+                        workspace[layout.scratch : layout.end] = 0xFF
+                    results.add(decode_bytes(problem, workspace=workspace))
+                    assert workspace is None or is_zeroed(workspace)
+                assert results == {decode_bytes(problem)}
 
 
 @pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
@@ -817,10 +845,11 @@ def test_two_streams_at_once(xp, fixed_split_size):
 @pytest.mark.alone
 @pytest.mark.gpu
 @pytest.mark.parametrize("fixed_split_size", [None, 256])
-@pytest.mark.parametrize("num_heads", [16, 64, 128])
+@pytest.mark.parametrize("num_heads", [16, 32, 64, 128])
 def test_where_another_kernel_holds_the_sms(gpu, num_heads, fixed_split_size):
     """CTAs that end before all have started leave their lines to those that end later: the bits are the same."""
-    problem = build(gpu, [20_000, 3000, 0, 700], num_heads=num_heads)
+    # With 64 heads, one CTA has lines of both long requests to merge.
+    problem = build(gpu, [20_300, 3000, 0, 700], num_heads=num_heads)
     # A cluster of two starts where two SMs of one GPC are free, of which there are eight at most.
     num_free = 10 if num_heads > 64 and fixed_split_size is None else 1
     check_where_another_kernel_holds_the_sms(gpu, problem, fixed_split_size, num_free)

@@ -11,11 +11,11 @@
 //
 // Of large states that would cost too much: every word is written twice and asked for more than once. There a line is 64
 // columns, and its flag alone is such a word; what it stands for is written before, and need not be zero at first
-// (FlaggedPartials).
+// (FlaggedPartials in flagged.cuh).
 //
-// Nobody waits before it has written all that others wait for, nor for a CTA that has not started: that one may need
-// the place of those that wait. Where other kernels hold SMs for so long that a CTA is done before all have started,
-// it departs, and leaves its lines to those that are done later.
+// No thread that has states to write, or that such a thread waits for, waits for another CTA's before; and nobody for a CTA
+// that has not started: that one may need the place of those that wait. Where other kernels hold SMs for so long that a CTA is
+// done before all have started, it departs, and leaves its lines to those that are done later.
 //
 // States are merged in an order that their number decides (and, but for fixed splits, how many lines a CTA has, and whether
 // of two groups), so results do not depend on who came when.
@@ -98,6 +98,32 @@ __device__ __forceinline__ float scale_to_pack(float largest, bool all_finite) {
 __device__ __forceinline__ float reciprocal_of_power(float x) {
   return __uint_as_float((254u << 23) - __float_as_uint(x));
 }
+// The same for parts of a row of which four lanes have eight numbers each, times `factor`, which is not negative. All lanes
+// of a warp call it.
+template <int kCount>
+__device__ __forceinline__ float scale_of_lines(const float (&x)[kCount][8], float factor) {
+  const auto largest_of = [&](u32 lanes, auto of_finite) {
+    float largest[8] = {};
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const bool counts = !of_finite.value || fabsf(x[j][i]) * factor < -neg_infinity();
+        if (counts) largest[i] = fmaxf(largest[i], fabsf(x[j][i]));
+      }
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2)
+#pragma unroll
+      for (int i = 0; i < half; ++i) largest[i] = fmaxf(largest[i], largest[i + half]);
+    largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 1));
+    largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 2));
+    return largest[0] == 0.0f ? 0.0f : largest[0] * factor;
+  };
+  float largest = largest_of(0xffffffffu, Bool<false>());
+  const bool all_finite = largest < -neg_infinity();
+  if (__builtin_expect(!all_finite, 0)) largest = largest_of(0xfu << (lane_id() & 28), Bool<true>());
+  return scale_to_pack(largest, all_finite);
+}
 
 // A line's flag: low word the row's lse in base 2, high word the factor of its numbers, which is not 0.
 __device__ __forceinline__ u64 line_flag(float row_lse_log2, float factor) {
@@ -154,28 +180,7 @@ struct Partials {
   template <int kStep = 1, int kCount>
   __device__ __forceinline__ void write_lines(int row, int first_line, int lane, const float (&x)[kCount][8],
                                               float factor, float row_lse_log2, bool exists) const {
-    // Of all these lines, for which half_t has exponents enough (scale_to_pack).
-    const auto largest_of = [&](u32 lanes, auto of_finite) {
-      float largest[8] = {};
-#pragma unroll
-      for (int j = 0; j < kCount; ++j)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const bool counts = !of_finite.value || fabsf(x[j][i]) * factor < -neg_infinity();
-          if (counts) largest[i] = fmaxf(largest[i], fabsf(x[j][i]));
-        }
-#pragma unroll
-      for (int half = 4; half > 0; half /= 2)
-#pragma unroll
-        for (int i = 0; i < half; ++i) largest[i] = fmaxf(largest[i], largest[i + half]);
-      largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 1));
-      largest[0] = fmaxf(largest[0], __shfl_xor_sync(lanes, largest[0], 2));
-      return largest[0] == 0.0f ? 0.0f : largest[0] * factor;
-    };
-    float largest = largest_of(0xffffffffu, Bool<false>());
-    const bool all_finite = largest < -neg_infinity();
-    if (__builtin_expect(!all_finite, 0)) largest = largest_of(0xfu << (lane_id() & 28), Bool<true>());
-    const float scale = scale_to_pack(largest, all_finite);
+    const float scale = scale_of_lines(x, factor);
     if (!exists) return;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -197,25 +202,6 @@ struct Partials {
   }
 };
 
-// The same, where a flag tells of a line.
-template <int kHeadDim, int kTileQ>
-struct FlaggedPartials {
-  static constexpr bool kHasFlags = true;
-  static constexpr int kLineDims = 64;
-  static constexpr int kRowLines = kHeadDim / kLineDims;
-
-  half_t* out;  // [num_slots, kTileQ, kHeadDim], to be multiplied by
-  u64* flags;   // [num_slots, kTileQ, kRowLines], written after all that they stand for, and fence_acq_rel
-
-  __device__ __forceinline__ u64* flag_at(int slot, int line) const {
-    return flags + slot * (kTileQ * kRowLines) + line;
-  }
-  __device__ __forceinline__ half_t* line_at(int slot, int line) const {
-    return row_at(slot * kTileQ) + line * kLineDims;
-  }
-  __device__ __forceinline__ half_t* row_at(int row) const { return out + static_cast<i64>(row) * kHeadDim; }
-};
-
 // Where the states of one group lie: state j in slot first + j * step, but for state 0.
 struct GroupSlots {
   int first;
@@ -233,7 +219,7 @@ struct GroupSlots {
 template <typename Share>
 struct Departures {
   // Three numbers in the word. An end takes its start back and leaves a mark, which CTA 0 takes back for all: so
-  // until all are done there are marks after the first end. No CTA ends before it has seen that all have started.
+  // until all have ended there are marks after the first end. No CTA ends before it has seen that all have started.
   static constexpr u64 kStart = 1;
   static constexpr u64 kDeparture = 1ull << 16;
   static constexpr u64 kMark = 1ull << 32;
@@ -261,6 +247,15 @@ struct Departures {
   // And that none has departed.
   __device__ __forceinline__ bool all_are_there(u64 counts) const {
     return counts >= kMark || counts == num_ctas;
+  }
+
+  // The same, looked up; after a while it is not waited for any more.
+  __device__ __forceinline__ bool all_are_there() const {
+    constexpr int kMostPolls = 16;
+    for (int polls = 0; polls < kMostPolls; ++polls) {
+      if (all_are_there(load_relaxed(&memory->counts))) return true;
+    }
+    return false;
   }
 
   // Ends a run where all are there.
@@ -542,198 +537,6 @@ __device__ __forceinline__ void merge_lines(const Team<kNumThreads>& team,
     }
     if (wide) team.sync();  // the scratch memory is free again
   }
-}
-
-// As merge_lines, of FlaggedPartials, one line at least. Code that runs once takes longer to fetch than to run: so loops are
-// not unrolled, and lines pass through shared memory, from which each lane takes what it has copied. `scratch`: 136 bytes
-// a team for each line and state that it has places for (32 at most, of 64 rows and 132 CTAs), and 272 bytes a warp.
-template <int kThreads, int kHeadDim, int kTileQ, typename Find>
-__device__ __forceinline__ void merge_flagged_lines(const FlaggedPartials<kHeadDim, kTileQ>& partials,
-                                                    GroupSlots group, int first_line, int end_line,
-                                                    unsigned char* scratch, const Find& find) {
-  constexpr int kRowLines = FlaggedPartials<kHeadDim, kTileQ>::kRowLines;
-  constexpr int kTeams = kThreads / 8;
-  constexpr int kTeamsLog2 = 5;
-  static_assert(kTeams == 1 << kTeamsLog2);
-  const u32 tid = threadIdx.x;
-  const int lane = tid % 8;  // eight are a team, and share a line
-  const int team = tid / 8;
-  const int num_lines = end_line - first_line;
-  const int num_states = group.num_partials;
-  // With fewer lines than teams, several share the states of a line, in powers of two; else a team has several lines, and
-  // places for a power of two of them.
-  const int lines_log2 = 32 - __clz(num_lines - 1);
-  const int parts_log2 = max(kTeamsLog2 - lines_log2, 0);
-  const int places_log2 = max(lines_log2 - kTeamsLog2, 0);
-  const int part = team & (1 << parts_log2) - 1;
-  const int first_own = team >> parts_log2;
-  const int most = num_states + (1 << parts_log2) - 1 >> parts_log2 << places_log2;  // places, of all states
-  const int own_states = num_states - part + (1 << parts_log2) - 1 >> parts_log2;
-  const auto has_line = [&](int l) { return first_own + l * kTeams < num_lines; };
-  const auto place_of = [&](int l, int state) { return state << places_log2 | l; };
-  uint4* data = reinterpret_cast<uint4*>(scratch) + tid;  // [most][kThreads]
-  // lse, then weight, and factor: [most][kTeams]
-  float2* weights = reinterpret_cast<float2*>(scratch + most * kThreads * sizeof(uint4)) + team;
-  float* sums =
-      reinterpret_cast<float*>(weights - team + most * kTeams);  // [kThreads / 32][8][8], then max and sum
-
-  // A lane finds states of lines, and waits for them; then all copy what the eight have found.
-  constexpr int kFinds = 2;  // at once
-#pragma unroll 1
-  for (int begin = 0; begin < most; begin += 8 * kFinds) {
-    u64* flags[kFinds];  // null: none
-    u64 sources[kFinds];
-    u64 x[kFinds];
-#pragma unroll
-    for (int k = 0; k < kFinds; ++k) {
-      const int place = begin + k * 8 + lane;
-      const int own_line = place & (1 << places_log2) - 1;
-      const int own_state = place >> places_log2;
-      const bool exists = own_state < own_states && has_line(own_line);
-      const int slot = group.slot(part + (own_state << parts_log2));
-      const int line = first_line + first_own + own_line * kTeams;
-      flags[k] = exists ? partials.flag_at(slot, line) : nullptr;
-      sources[k] = exists ? reinterpret_cast<u64>(partials.line_at(slot, line)) : 0;
-    }
-#pragma unroll 1
-    for (int polls = 0;; ++polls) {
-      bool all_there = true;
-#pragma unroll
-      for (int k = 0; k < kFinds; ++k) {
-        x[k] = 1;
-        if (flags[k] != nullptr) x[k] = load_relaxed(flags[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kFinds; ++k) all_there &= x[k] != 0;
-      if (all_there) break;
-      if (polls > kPatience) __trap();
-      if (polls >= kHotPolls) __nanosleep(40);
-    }
-    // What a flag tells of was in L2 before it. Copies of 16 bytes read there, by no way through L1 (as others might), and
-    // begin when this branch is taken: a fence of all of the GPU, which would be 0.4 us, has nothing left to do.
-    fence_acq_rel_cta();
-    __syncwarp();
-    // As many for each team of the warp.
-    const int num = min(8 * kFinds, most - begin);
-#pragma unroll
-    for (int k = 0; k < kFinds; ++k) {
-#pragma unroll 4
-      for (int j = 0; j < min(8, num - k * 8); ++j) {
-        const u64 source = __shfl_sync(0xffffffffu, sources[k], j, 8);
-        if (source != 0) {
-          cp_async_16(smem_address_of(data + (begin + k * 8 + j) * kThreads),
-                      reinterpret_cast<const uint4*>(source) + lane, true);
-        }
-      }
-      if (flags[k] != nullptr) {
-        weights[(begin + k * 8 + lane) * kTeams] = make_float2(__uint_as_float(static_cast<u32>(x[k])),
-                                                               __uint_as_float(static_cast<u32>(x[k] >> 32)));
-        store_relaxed(flags[k], 0);
-      }
-    }
-    __syncwarp();
-  }
-  cp_async_commit();
-  // What lane's columns of a line become.
-  const auto write = [&](int l, const float (&acc)[8], float factor, float row_lse_log2) {
-    const int line = first_line + first_own + l * kTeams;
-    const auto target = find(line / kRowLines, line % kRowLines * partials.kLineDims + lane * 8);
-    target.write(0, make_float4(acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor));
-    target.write(4, make_float4(acc[4] * factor, acc[5] * factor, acc[6] * factor, acc[7] * factor));
-    target.write_lse(row_lse_log2);
-  };
-  if (places_log2 > 0) {
-    // Weights: a team's lanes have a line each.
-#pragma unroll 1
-    for (int l = lane; l < 1 << places_log2; l += 8) {
-      if (!has_line(l)) break;
-      SoftmaxState of_line;
-      float lse_max = neg_infinity();
-      for (int j = 0; j < num_states; ++j) lse_max = fmaxf(lse_max, weights[place_of(l, j) * kTeams].x);
-      of_line.raise(lse_max);
-      for (int j = 0; j < num_states; ++j) of_line.sum += of_line.weight(weights[place_of(l, j) * kTeams].x);
-      const float inverse = of_line.inverse_sum();
-      for (int j = 0; j < num_states; ++j) {
-        const float2 x = weights[place_of(l, j) * kTeams];
-        weights[place_of(l, j) * kTeams] =
-            make_float2(of_line.weight(x.x) * x.y * inverse, of_line.lse_log2());
-      }
-    }
-    cp_async_wait<0>();
-    __syncwarp();
-    constexpr int kAtOnce = 4;  // lines, or a chain of latencies for each
-#pragma unroll 1
-    for (int first = 0; has_line(first); first += kAtOnce) {
-      float acc[kAtOnce][8] = {};
-#pragma unroll 1
-      for (int j = 0; j < num_states; ++j) {
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (!has_line(first + i)) continue;
-          const int place = place_of(first + i, j);
-          add_eight(acc[i], weights[place * kTeams].x, data[place * kThreads]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (has_line(first + i)) write(first + i, acc[i], 1.0f, weights[place_of(first + i, 0) * kTeams].y);
-      }
-    }
-  } else {
-    // Weights: the lanes have the states of one line, together with those of all teams in the warp.
-    SoftmaxState state;
-    const int together = min(8 << parts_log2, 32);
-    const int states = has_line(0) ? own_states : 0;
-    float lse_max = neg_infinity();
-    for (int j = lane; j < states; j += 8) lse_max = fmaxf(lse_max, weights[j * kTeams].x);
-#pragma unroll 1
-    for (int delta = 1; delta < together; delta *= 2) {
-      lse_max = fmaxf(lse_max, __shfl_xor_sync(0xffffffffu, lse_max, delta));
-    }
-    state.raise(lse_max);
-    for (int j = lane; j < states; j += 8) {
-      const float2 x = weights[j * kTeams];
-      const float weight = state.weight(x.x);
-      state.sum += weight;
-      weights[j * kTeams].x = weight * x.y;
-    }
-#pragma unroll 1
-    for (int delta = 1; delta < together; delta *= 2) {
-      state.sum += __shfl_xor_sync(0xffffffffu, state.sum, delta);
-    }
-    cp_async_wait<0>();
-    __syncwarp();
-    float acc[8] = {};
-#pragma unroll 4
-    for (int j = 0; j < states; ++j) add_eight(acc, weights[j * kTeams].x, data[j * kThreads]);
-#pragma unroll 1
-    for (int delta = 8; delta < together; delta *= 2) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], delta);
-    }
-    if (parts_log2 > 2) {  // and several warps'
-      float* theirs = sums + tid / 32 * 68 + lane;
-      if (tid % 32 < 8) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) theirs[i * 8] = acc[i];
-        if (lane < 2) theirs[64] = lane == 0 ? state.max : state.sum;
-      }
-      sync_threads<kThreads>();
-      if (part == 0) {
-#pragma unroll 1
-        for (int w = 1; w < 1 << parts_log2 - 2; ++w) {
-          theirs += 68;
-          const float factor = state.raise(theirs[64 - lane]);
-          const float weight = state.weight(theirs[64 - lane]);
-          state.sum += weight * theirs[65 - lane];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) acc[i] = factor * acc[i] + weight * theirs[i * 8];
-        }
-      }
-    }
-    if (part == 0 && has_line(0)) write(0, acc, state.inverse_sum(), state.lse_log2());
-  }
-  sync_threads<kThreads>();  // the scratch memory is free again
 }
 
 }  // namespace cupyattn

@@ -202,19 +202,6 @@ __device__ __forceinline__ void merge_share(const Team<kNumThreads>& team,
                          [&](int row, int dim) { return output.row_at(tile, row, dim); });
 }
 
-// The same of FlaggedPartials; see there for `scratch`.
-template <int kInFlight, bool kFixedSplits, int kNumThreads, typename T, int kHeadDim, int kTileQ>
-__device__ __forceinline__ void merge_share(const Team<kNumThreads>&,
-                                            const FlaggedPartials<kHeadDim, kTileQ>& partials,
-                                            const Output<T, kTileQ>& output, const TileInfo& tile,
-                                            int first_line, int end_line, float* scratch) {
-  static_assert(!kFixedSplits);
-  if (first_line >= end_line) return;
-  merge_flagged_lines<kNumThreads>(partials, tile.group, first_line, end_line,
-                                   reinterpret_cast<unsigned char*>(scratch),
-                                   [&](int row, int dim) { return output.row_at(tile, row, dim); });
-}
-
 // How the shares of a CTA are merged: what each half of its threads does one of, so that it waits for memory once, not
 // twice. (Sums with fixed splits must not depend on neighbours.)
 enum class Halves {
@@ -256,7 +243,7 @@ __device__ __forceinline__ void merge_shares(const Slots& partials, const Output
 
 // What a run leaves to its end, in shared memory.
 struct RunEnd {
-  u64 counts[2];       // the first words of Departures::Memory, as the run's last tile sees them
+  u64 counts[2];       // the first words of Departures::Memory, as they were when asked for
   TileInfo shared[2];  // of the groups that the run enters and leaves halfway
   int num_departed;
 
@@ -283,7 +270,7 @@ struct RunEnd {
     share.end_line = min(share.first_line + lines_each, num_lines);
     return share;
   }
-  // Thread 0, some time before the end.
+  // Thread 0, before `merge`: some time, if it is not to wait for them.
   __device__ __forceinline__ void ask(const Departures<TileInfo>& ctas) {
     cp_async_16(smem_address_of(counts), ctas.memory, true);
     cp_async_commit();
@@ -292,7 +279,7 @@ struct RunEnd {
   // The threads that wait at `barrier`, thread 0 among them: this CTA's share of the groups that it has only a part of,
   // and what CTAs that have departed left; `merge_shares(shares)` does those of one CTA.
   template <typename Barrier, typename MergeShares>
-  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas, Barrier barrier,
+  __device__ __forceinline__ void merge(const Departures<TileInfo>& ctas, Barrier&& barrier,
                                         const MergeShares& merge_shares) {
     const bool asks = threadIdx.x == 0;
     if (asks) cp_async_wait<0>();
