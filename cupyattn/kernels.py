@@ -255,7 +255,7 @@ _SM90_TILES_PER_SM = 1.5
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
 _DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0), 128: (1.3, 1.3)}
-_MLA_TILE_COSTS = {16: (1.0, 1.0), 32: (1.2, 1.15), 64: (1.5, 1.35)}
+_MLA_TILE_COSTS = {16: (1.0, 0.6), 32: (1.0, 0.65), 64: (1.05, 0.6)}
 
 
 def _cascade_cost(
@@ -401,7 +401,7 @@ class MLASm90Config:
     num_threads: ClassVar[int] = 384
     tile_kv: ClassVar[int] = 64
     most_box_rows: ClassVar[int] = 64  # keys of a box (tma.cuh): a tile's
-    group_overhead: ClassVar[int] = 4
+    group_overhead: ClassVar[int] = 2
 
     @property
     def flags_states(self) -> bool:

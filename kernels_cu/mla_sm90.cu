@@ -6,8 +6,9 @@
 // Three warpgroups of 128 threads:
 //   columns  two groups, each with 256 of the 512 columns of O. Tiles are theirs in turn: the group whose tile it is
 //            computes S = Q K^T over all 576 = 512 + 64 columns, the softmax and so the weights P; both add P V.
-//   copies   keys, and the queries of all segments but the first; and what a tile is. At the run's end, with flagged.cuh, they
-//            wait for the states that this CTA merges, and copy them, while others still write this CTA's.
+//   copies   keys, and the queries of all segments but the first; and what a tile is. At the run's end, while others still
+//            write this CTA's state: with flagged.cuh, they wait for the states that it merges, and copy them; in a cascade,
+//            they find where these lie.
 //
 //     group 0  | P V of n - 1 | S of n | softmax | P V of n |                       | P V of n + 1 | S of n + 2 ...
 //     group 1         | P V of n - 1 |           (keys)     | P V of n | S of n + 1 | softmax | P V of n + 1 | ...
@@ -112,11 +113,13 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier
     });
   } else {
     float* scratch = reinterpret_cast<float*>(&gathering.room);
+    bool are_found = true;  // of this CTA's rows; not of others'
     run_end.merge(inputs.ctas, barrier, [&](const auto& shares) {
       if constexpr (kIsCascade) {
         const Partition partition = smem_partition;
         merge_rows<kThreads, kTileKV>(inputs.problem, partition, inputs.partials, inputs.output, shares,
-                                      scratch);
+                                      scratch, are_found);
+        are_found = false;
       } else {
         merge_shares<8, kThreads, false, Halves::kOfLines>(inputs.partials, inputs.output, shares, scratch);
       }
@@ -285,7 +288,7 @@ __global__ void __launch_bounds__(384, 1)
     mbarrier_init(queries_full, kCopyThreads);
     mbarrier_init(queries_empty, kGroupThreads);
     mbarrier_init(columns_barrier.smem_barrier, kColumnThreads);
-    mbarrier_init(is_decided, 1);
+    mbarrier_init(is_decided, kIsCascade ? kCopyThreads : 1);
     fence_mbarrier_init();
     if (key_maps.box_rows > 0) prefetch_map(key_maps.first), prefetch_map(key_maps.second);
   }
@@ -629,6 +632,23 @@ __global__ void __launch_bounds__(384, 1)
     if (is_long) launch_dependents();
     cp_async_commit();
     cp_async_wait<0>();  // nobody else's memory is written to
+    if constexpr (kIsCascade) {
+      // Where the rows of this CTA's share have states, while its own are written.
+      mbarrier_wait(queries_empty, segment & 1);
+      const auto partials = slots();
+      const auto output = results();
+      const TileInfo share = RunEnd::share_of_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
+      const RowMerge<kColumnThreads, kTileKV, false, T, 2 * kColumns, kTileQ, kTileQ == kRows> rows{
+          problem,
+          smem_partition,
+          partials,
+          output,
+          share.first_line,
+          share.end_line,
+          reinterpret_cast<float*>(&room)};
+      rows.find_early(tid - kColumnThreads, kCopyThreads);
+      mbarrier_arrive(is_decided);
+    }
     if constexpr (kHasFlags) {
       // Who waits for states must not keep CTAs from starting that are to write some: partials.cuh.
       const int own = tid - kColumnThreads;
@@ -1034,7 +1054,7 @@ __global__ void __launch_bounds__(384, 1)
   if constexpr (kIsCascade) {
     if (tid == 0) smem_run_end.add_lines(problem.num_rows() * Slots::kRowLines, smem_partition);
   }
-  if constexpr (kHasFlags) mbarrier_wait(is_decided, 0);
+  if constexpr (kHasFlags || kIsCascade) mbarrier_wait(is_decided, 0);
   const auto merge = [&](const auto& inputs) {
     merge_apart<kColumnThreads, kTileKV, kIsCascade>(
         smem_run_end, columns_barrier, inputs, smem_partition,

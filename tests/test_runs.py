@@ -304,7 +304,9 @@ def test_shapes_for_cascades():
     assert tile_q((63, 17), (24, 1)) == 32
     mla = kernels.mla_sm90_cascade_config
     assert mla([(128, 2048), (1024, 16)], 132).tile_q == 64  # 128 x (8192 + 512), 16 heads
-    assert mla([(9, 512), (6326, 16)], 132).tile_q == 16
+    assert mla([(136, 384), (7580, 16)], 132).tile_q == 64  # the tool-agent batch, with the groups that pay
+    assert mla([(9, 512), (6326, 16)], 132).tile_q == 32  # 32 conversations: nearly nothing is shared
+    assert mla([(9, 16), (6326, 16)], 132).tile_q == 16
     assert mla([(10, 16), (10, 16)], 132) is None  # few enough for mla.cu
     assert mla([(10, 16), (10, 17)], 132).tile_q > 16
     for levels in ([(128, 2048), (1024, 16)], [(9, 512), (6326, 16)]):

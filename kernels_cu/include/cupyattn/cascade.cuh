@@ -524,9 +524,10 @@ struct RowMerge {
     const int end_row = static_cast<u32>(line) / Slots::kRowLines + States::kMostRows;
     return min(end_row * Slots::kRowLines, end_line);
   }
-  // Of all lines, if there is room for that; by thread `thread` of any `num_threads`. A barrier follows.
-  __device__ __forceinline__ void find_all(int thread, int num_threads) const {
-    States(problem, partition, first_line, end_line, scratch).find_all(end_line, thread, num_threads);
+  // Of the first part, before `merge`; by thread `thread` of any `num_threads`. A barrier follows.
+  __device__ __forceinline__ void find_early(int thread, int num_threads) const {
+    States(problem, partition, first_line, end_line, scratch)
+        .find_all(end_of_part(first_line), thread, num_threads);
   }
   __device__ __forceinline__ void merge(const Team<kThreads>& team, bool are_found) const {
     const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
@@ -555,17 +556,17 @@ struct RowMerge {
     }
   }
 };
-// This CTA's shares, by threads 0 .. kThreads - 1.
+// This CTA's shares, by threads 0 .. kThreads - 1; `are_found`: as RowMerge::find_early leaves it.
 template <int kThreads, int kTileKV, typename T, int kHeadDim, int kTileQ, bool kOfQuads>
 __device__ __forceinline__ void merge_rows(const CascadeProblem& problem, const Partition& partition,
                                            const Partials<kHeadDim, kTileQ, kOfQuads>& partials,
                                            const Output<T, kTileQ>& output, const TileInfo (&shares)[2],
-                                           float* scratch) {
+                                           float* scratch, bool are_found = false) {
   const TileInfo& share = shares[0];  // all are in this one: RunEnd::add_lines
   if (share.num_sharers <= 1) return;
   const RowMerge<kThreads, kTileKV, false, T, kHeadDim, kTileQ, kOfQuads> rows{
       problem, partition, partials, output, share.first_line, share.end_line, scratch};
-  rows.merge(all_threads<kThreads>(), false);
+  rows.merge(all_threads<kThreads>(), are_found);
 }
 
 }  // namespace cupyattn
