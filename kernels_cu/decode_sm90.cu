@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(384, 1)
       const auto output = results();
       const TeamMerge<kTileKV, T, kHeadDim, kTileQ> rows{problem,          partition,      partials,   output,
                                                          share.first_line, share.end_line, smem_states};
-      rows.find_early(tid - kRowThreads, kCopyThreads);
+      rows.find_early(share.end_line, tid - kRowThreads, kCopyThreads);
     }
     // Who waits for states must not keep CTAs from starting that are to write some: partials.cuh.
     if (tid == kRowThreads) {

@@ -646,7 +646,7 @@ __global__ void __launch_bounds__(384, 1)
           share.first_line,
           share.end_line,
           reinterpret_cast<float*>(&room)};
-      rows.find_early(tid - kColumnThreads, kCopyThreads);
+      rows.find_early(rows.end_of_part(share.first_line), tid - kColumnThreads, kCopyThreads);
       mbarrier_arrive(is_decided);
     }
     if constexpr (kHasFlags) {

@@ -524,10 +524,10 @@ struct RowMerge {
     const int end_row = static_cast<u32>(line) / Slots::kRowLines + States::kMostRows;
     return min(end_row * Slots::kRowLines, end_line);
   }
-  // Of the first part, before `merge`; by thread `thread` of any `num_threads`. A barrier follows.
-  __device__ __forceinline__ void find_early(int thread, int num_threads) const {
-    States(problem, partition, first_line, end_line, scratch)
-        .find_all(end_of_part(first_line), thread, num_threads);
+  // Up to line `end`, for all that there is room for: before `merge`, whose first part needs no more. By thread `thread` of
+  // any `num_threads`. A barrier follows.
+  __device__ __forceinline__ void find_early(int end, int thread, int num_threads) const {
+    States(problem, partition, first_line, end_line, scratch).find_all(end, thread, num_threads);
   }
   __device__ __forceinline__ void merge(const Team<kThreads>& team, bool are_found) const {
     const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
