@@ -385,7 +385,7 @@ def test_states_in_rounds(xp, tile_q, num_heads):
         for num_tiles in size(xp, (5, 31, 32, 33, 65, 85, 100, 127, 128, 129, 131, 132, 150), (1, 2)):
             for other in (None, 3, num_tiles + 1):
                 kv_lens = [64 * n - 5 for n in (num_tiles, other) if n is not None]
-                problem = build(xp, kv_lens, num_heads=size(xp, num_heads, 3), page_size=16, seed=num_tiles)
+                problem = build(xp, kv_lens, num_heads=num_heads, page_size=16, seed=num_tiles)
                 check(problem, (tile_q, num_heads, kv_lens))
                 results = set()
                 for _ in range(size(xp, 4, 2)):
