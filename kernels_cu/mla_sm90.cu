@@ -1,7 +1,7 @@
 // MLA decode attention for sm_90a: the job of mla.cu, by the tensor cores' asynchronous products.
 //
-// Grid: one CTA an SM (persistent), each with an equal, contiguous run of KV tiles (schedule.cuh). A tile is 64 keys; a
-// query tile kTileQ rows, padded to the 64 of a product, which costs nothing where memory is the limit.
+// Grid: one CTA an SM (persistent), each with a contiguous run of KV tiles (schedule.cuh). A tile is 64 keys; a query tile
+// kTileQ rows, padded to the 64 of a product, which costs nothing where memory is the limit.
 //
 // Three warpgroups of 128 threads:
 //   columns  two groups, each with 256 of the 512 columns of O. Tiles are theirs in turn: the group whose tile it is
@@ -100,7 +100,7 @@ __device__ __noinline__ void merge_apart(RunEnd& run_end, CountedBarrier barrier
       });
       return;
     }
-    // A CTA had not started yet, so these threads do it all.
+    // A CTA had not started yet, or that was seen too late: these threads do it all.
     if (threadIdx.x == 0) run_end.ask(inputs.ctas);
     run_end.merge(inputs.ctas, barrier, [&](const auto& shares) {
       for_each_round(shares, [&](const TileInfo& share, const FlaggedRound& round) {
@@ -217,7 +217,9 @@ __global__ void __launch_bounds__(384, 1)
                       num_table_entries, qo_indptr, kv_lens, batch_size, 1, heads, window_left, split_shift,
                       max_splits, cascade...);
   };
-  auto problem = uneven<kTileQ <= 16 ? 3 : 4, true, kTileQ <= 16 ? 3 : kTileQ <= 32 ? 4 : 6>(make_problem());
+  // Tiles that a group counts for, where requests differ.
+  constexpr int kGroupTiles = kTileQ <= 16 ? 3 : 4;
+  auto problem = uneven<kGroupTiles, true, kTileQ == kRows ? 6 : kGroupTiles, (kTileQ > 16)>(make_problem());
   // Functions: what has an address, for a call to read, is in memory everywhere.
   constexpr bool kHasFlags = !kIsCascade && kTileQ > 16;
   const auto slots = [&]() {
@@ -260,8 +262,9 @@ __global__ void __launch_bounds__(384, 1)
   const u32 queries_full = barriers + (kStages * 4 + 2) * 8;
   const u32 queries_empty = queries_full + 8;
   CountedBarrier columns_barrier{queries_full + 16, 0};  // of both groups
-  // Whether all CTAs have started, and none has departed, so that this one can wait for their states as soon as its own keys
-  // are copied. Then states go through the queries' place, and take turns there as queries do.
+  // What the warps that copy say at the end. In a cascade, that rows' states have been found; else, whether all CTAs have
+  // started, and none has departed, so that this one can wait for their states as soon as its own keys are copied. Then
+  // states go through the queries' place, and take turns there as queries do.
   const u32 is_decided = queries_full + 24;
   __shared__ bool smem_all_there;
   __shared__ u32 smem_first_round;  // of both barriers' phases

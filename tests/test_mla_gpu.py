@@ -253,7 +253,10 @@ def test_more_requests_than_threads(xp, batch, ragged):
     ("num_heads", "qo_len"), [(16, 1), (32, 1), (64, 1), (128, 1), (64, 2), (320, 1), (150, 3)]
 )
 def test_requests_that_differ(xp, num_heads, qo_len, window_left):
-    """Groups count for more tiles than they have, up to half of a run's, if all requests have as many of them."""
+    """Groups count for more tiles than they have, up to half of a run's, if all requests have as many of them.
+
+    Or each starts a run.
+    """
     rng = np.random.default_rng(num_heads + qo_len)
     sizes = [(2, 3000), (9, 300), (9, 3000), (40, 1000), (150, 300), (400, 200)]
     for batch, longest in size(xp, sizes, [(3, 100)]):
@@ -263,6 +266,45 @@ def test_requests_that_differ(xp, num_heads, qo_len, window_left):
             qo_lens=None if qo_len == 1 else [qo_len] * batch, page_size=(16, 64)[batch % 2],
         )  # fmt: skip
         check(problem, (batch, longest))
+
+
+@pytest.mark.parametrize("num_heads", [32, 64, 128, 192, 256])
+def test_groups_that_start_runs(xp, num_heads):
+    """With more than 16 rows each group of requests that differ starts a run, if there are CTAs for all of them."""
+    rng = np.random.default_rng(num_heads)
+    for batch in size(xp, (2, 3, 5, 8, 12, 16, 24, 33, 66, 132), (3,)):
+        kv_lens = rng.integers(0, max(40_000 // batch, 200), batch)
+        problem = build(
+            xp, kv_lens, num_heads=size(xp, num_heads, 4), seed=batch, page_size=(16, 64)[batch % 2]
+        )
+        check(problem, (batch, kv_lens))
+        assert decode_bytes(problem) == decode_bytes(problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_heads", "most"), [(32, 115), (64, 115), (128, 49)])
+def test_which_groups_start_runs(gpu, num_heads, most):
+    """For up to `most` requests of three tiles beside a long one there are SMs enough.
+
+    Then it alone goes on in another CTA, in one for each tile of rows, which leaves its state in an odd place
+    (schedule.cuh); else short ones do, too.
+    """
+    if (device_properties().arch, device_properties().num_sms) != ("sm_90a", 132):
+        pytest.skip("of 132 SMs of sm_90a")
+    workspace = cupyattn.decode_workspace()
+    layout = workspace_layout(workspace.device.id)
+    tile_q = min(num_heads, 64)
+    for num_short in (43, most, most + 1):
+        problem = build(gpu, [64 * 132] + [150] * num_short, num_heads=num_heads)
+        check(problem, num_short)
+        states = workspace[layout.scratch : layout.end]
+        states[...] = 0xFF
+        decode_bytes(problem, workspace=workspace)
+        num_places = len(states) // (1024 * tile_q)
+        is_written = (states[: 1024 * tile_q * num_places].reshape(num_places, -1) != 0xFF).any(axis=1)
+        num_left = int(is_written[1::2].sum())
+        assert (num_left == num_heads // tile_q) == (num_short <= most), (num_short, num_left)
+        assert is_zeroed(workspace)
 
 
 @pytest.mark.parametrize("only", [0, 128, 700, 1023])

@@ -303,15 +303,15 @@ __device__ __forceinline__ CascadeProblem problem_of(void* workspace, void* smem
 }
 
 // The same, of groups that may count for what they cost (UnevenProblem); but for levels, and with kMost == 0.
-template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost>
+template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost, bool kStartsRuns = false>
 __device__ __forceinline__ auto uneven(const Problem& problem) {
   if constexpr (kMost == 0) {
     return problem;
   } else {
-    return UnevenProblem<kMost, kLengthensRuns, kMostOfOne>{problem, 0};
+    return UnevenProblem<kMost, kLengthensRuns, kMostOfOne, kStartsRuns>{problem, 0};
   }
 }
-template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost>
+template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost, bool kStartsRuns = false>
 __device__ __forceinline__ CascadeProblem uneven(const CascadeProblem& problem) {
   return problem;
 }

@@ -1,4 +1,5 @@
-// How the work of one decode step is dealt out: one contiguous run of KV tiles a CTA, all but the last of equal length.
+// How the work of one decode step is dealt out: one contiguous run of KV tiles a CTA, of equal length but for the last (and
+// where groups start runs, see below).
 //
 // A *group* is what shares one read of the keys: (request, KV head, tile of query rows). Its keys are cut
 // into tiles of kTileKV tokens. All tiles of all groups, in that order, form one line of units, which is cut
@@ -31,7 +32,10 @@
 // A group's queries and states cost something, too. For that, groups may have units before those of their tiles: those
 // of a cascade, of which a run in a prefix has one and a run in requests' own keys many
 // (CascadeProblem::group_overhead), and those of requests that differ, of which a run in a long one has one and a run
-// in short ones several (UnevenProblem).
+// in short ones several (UnevenProblem). Or, where there are CTAs enough, each group of requests that differ starts a run,
+// and none has tiles of two; on the line, each then takes the room of whole runs:
+//
+//     [t t t t t][t t      ][t t t t  ][t t t t t][t t      ]      the groups from above on 5 CTAs
 //
 // Units are counted in 32 bits: a step of up to kMostUnits tiles (1 M keys x 128 KV heads x 1000 requests).
 // Every group has at least one tile, so that a request without keys still gets its out = 0, lse = -inf.
@@ -140,16 +144,22 @@ struct Problem {
 
 // The same where not all requests need have as many tiles. If they have not, a group counts for up to `kMost` tiles
 // more, or, as begin_run knows with kQTilesOutermost, `kMostOfOne` where each request's rows are one tile's; half of a
-// run's at most; without kLengthensRuns, only if runs are no longer for it, as the last one is shorter than the others.
-template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost>
+// run's at most; without kLengthensRuns, only if runs are no longer for it, as the last one is shorter than the others. With
+// kStartsRuns each group starts a run instead, where runs would have tiles of two, and there are CTAs enough for runs as
+// long as if groups counted for `kMost`, or for as much again as they have, whichever is less.
+template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost, bool kStartsRuns = false>
 struct UnevenProblem : Problem {
   static constexpr bool kMayBeUneven = true;
+  static constexpr bool kMayStartRuns = kStartsRuns;
   int group_overhead;  // as CascadeProblem's, but found by begin_run
 
+  static __device__ __forceinline__ int most_overhead(int num_q_tiles) {
+    return num_q_tiles == 1 ? kMostOfOne : kMost;
+  }
   // Of `num_groups` groups and `total` tiles, in runs of `quota`.
   static __device__ __forceinline__ int overhead_of(int num_groups, int num_q_tiles, int total, int quota,
                                                     int max_ctas) {
-    const int overhead = min(num_q_tiles == 1 ? kMostOfOne : kMost, quota / 2);
+    const int overhead = min(most_overhead(num_q_tiles), quota / 2);
     const u32 most = kLengthensRuns ? kMostUnits : min(static_cast<u32>(quota) * max_ctas, kMostUnits);
     return static_cast<u64>(num_groups) * overhead <= most - total ? overhead : 0;
   }
@@ -447,17 +457,19 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
   const bool in_parts = has_more_q_tiles && (traits.bits & Traits::kDiffersInQTiles) == 0 &&
                         num_q_tiles <= min(kMaxParts, max_ctas);
   if (in_parts) has_more_q_tiles = false;
-  const auto cut = [&]() {
-    partition =
-        in_parts ? Partition(cta, static_cast<u32>(total) / static_cast<u32>(num_q_tiles),
-                             Reciprocal(max_ctas / num_q_tiles), num_q_tiles)
-                 : Partition(cta, total, by_max_ctas, 1, problem.group_overhead + 1);  // every run has a tile
+  // The line, if it had `more` units.
+  const auto cut = [&](int more = 0, int least_quota = 1) {
+    partition = in_parts ? Partition(cta, static_cast<u32>(total + more) / static_cast<u32>(num_q_tiles),
+                                     Reciprocal(max_ctas / num_q_tiles), num_q_tiles, least_quota)
+                         : Partition(cta, total + more, by_max_ctas, 1,
+                                     problem.group_overhead + least_quota);  // every run has a tile
   };
   cut();
   if (kQTilesOutermost && (traits.bits & Traits::kDiffersInTiles) == 0) {
     // About what a CTA's partial states cost; in a long run, whole groups are read somewhat faster too.
     partition.align(traits.tiles(), 4 + partition.quota / 32);
   }
+  bool starts_runs = false;  // each group
   if constexpr (Problem::kMayBeUneven) {
     // If all requests have as many groups: then it is known how many come before. Without Traits, requests of which the
     // first has as many tiles as there are on average are taken for equal.
@@ -475,12 +487,47 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
     }
     if (is_uneven) {
       const int num_groups = problem.batch_size * groups;
-      problem.group_overhead = problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
-      units += max(end_request - first_request, 0) * groups * problem.group_overhead;
-      end += end_request * groups * problem.group_overhead;
-      total += num_groups * problem.group_overhead;
-      by_group_units = Reciprocal(by_group_units.value + problem.group_overhead);
-      cut();
+      if constexpr (Problem::kMayStartRuns) {
+        static_assert(kQTilesOutermost && !kFixedSplits);
+        const int num_parts = in_parts ? num_q_tiles : 1;
+        const u32 most_runs = max_ctas / num_parts * num_parts;
+        // Whether runs would be long enough for tiles of two groups.
+        const u32 overhead = problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
+        const bool are_mixed =
+            total + static_cast<u64>(num_groups) * overhead > static_cast<u64>(most_runs) * (overhead + 1);
+        // All that groups cost, or what their tiles do.
+        const u64 cost = static_cast<u64>(num_groups) * problem.most_overhead(num_q_tiles);
+        const int more = min(cost, static_cast<u64>(total));
+        if (are_mixed && stride == 1 && !has_more_q_tiles && more <= kMostUnits - total) {
+          const Partition equal = partition;
+          cut(more);
+          const int quota = partition.quota;
+          const int tiles = first_request < end_request ? cursor.request.num_tiles() : 0;
+          const int runs = Reciprocal(quota).divide_up(tiles);  // of a group
+          int all_runs;
+          const int end_run = inclusive_sum<kThreads, false>(runs * groups, all_runs, traits, num_threads);
+          starts_runs = all_runs <= most_runs;
+          if (starts_runs) {
+            // A group takes the room of whole runs, of which the last one ends with its tiles (unit_end, below).
+            units = runs * groups * quota;
+            end = end_run * quota;
+            total = all_runs * quota;
+            by_group_units = Reciprocal(runs * quota);
+            cut(0, quota);
+          } else {
+            partition = equal;
+          }
+        }
+      }
+      if (!starts_runs) {
+        problem.group_overhead =
+            problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
+        units += max(end_request - first_request, 0) * groups * problem.group_overhead;
+        end += end_request * groups * problem.group_overhead;
+        total += num_groups * problem.group_overhead;
+        by_group_units = Reciprocal(by_group_units.value + problem.group_overhead);
+        cut();
+      }
     }
   }
   int cta_in_part = cta;
@@ -549,6 +596,8 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
         cursor.q_tile = group - cursor.kv_head * num_q_tiles;
       }
     }
+    if (starts_runs)
+      cursor.unit_end = min(cursor.unit_end, cursor.unit + cursor.request.num_tiles() - cursor.tile);
     smem_cursor = cursor;
   }
   __syncthreads();
