@@ -255,6 +255,7 @@ _SM90_TILES_PER_SM = 1.5
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
 _DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0), 128: (1.3, 1.3)}
+#: Between 16 and 32 rows of one tile there is a tie, which the first wins: it has less to merge.
 _MLA_TILE_COSTS = {16: (1.0, 0.6), 32: (1.0, 0.65), 64: (1.05, 0.6)}
 
 

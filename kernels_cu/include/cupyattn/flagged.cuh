@@ -56,7 +56,8 @@ struct FlaggedPartials {
 // Lines of a group, as many as there is room for in all of its states; a line of a state is an *item*. One warpgroup gathers
 // them, and others add them up.
 struct FlaggedRound {
-  static constexpr int kMostItems = 528;  // so four lines of 132 states at once
+  // So four lines of 132 states at once; a group has no more states than there are SMs.
+  static constexpr int kMostItems = 528;
   struct alignas(128) Room {
     uint4 data[kMostItems][8];
     // lse and factor of an item; then its weight and, of the first state's, 1 / the sum of those of its line, of the second's,
@@ -78,8 +79,8 @@ __device__ __forceinline__ void for_each_round(const TileInfo (&shares)[2], cons
   for (int i = 0; i < 2; ++i) {
     const TileInfo& share = shares[i];
     if (share.num_sharers <= 1) continue;
-    const u32 most =
-        FlaggedRound::kMostItems / static_cast<u32>(share.group.num_partials);  // states of an SM each
+    const u32 most = FlaggedRound::kMostItems / static_cast<u32>(share.group.num_partials);
+    if (most == 0) __trap();  // rather than to find no room for ever
 #pragma unroll 1
     for (int line = share.first_line; line < share.end_line; line += most) {
       merge_round(share, FlaggedRound{share.group, line, min(static_cast<int>(most), share.end_line - line)});
