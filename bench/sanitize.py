@@ -155,8 +155,8 @@ def mla_problems() -> Iterator[tuple[str, Any, dict[str, Any]]]:
             problems[f"{length} roomy"] = build_problem(
                 kv_lens, qo_lens=qo_lens if length == "short" else None, spare_entries=12000, **common
             )
-        # Runs of six tiles, which sm_90a's kernel copies by boxes, for 128 heads to both CTAs of a pair. They differ,
-        # so that groups count for more tiles than they have.
+        # Runs of six tiles, which sm_90a's kernel copies by boxes, for 128 heads to both CTAs of a pair. Requests
+        # differ, so groups count for more tiles than they have, or, with 128 heads, each starts a run.
         if dtype == "bfloat16" and heads in (16, 128):
             problems["runs"] = build_problem([44_000 if heads == 16 else 21_500, 1000], **common)
         # 64 rows in 127 states, of which a CTA has five lines, and room for four (flagged.cuh).
@@ -247,6 +247,14 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
                 )  # fmt: skip
                 with tile_rows(tile_q):
                     yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
+            if tile_q == kernels.DecodeSm90Config.tile_q and dtype == "bfloat16":
+                # 64 rows of the result for each of 132 CTAs: decode_sm90.cu finds early where up to 90 have states.
+                cascade = build_cascade(
+                    [5] * 528, [([12] * 44, [70] * 44)], dtype=dtype, head_dim=head_dim, group_size=16,
+                    num_kv_heads=1, page_size=1,
+                )  # fmt: skip
+                with tile_rows(tile_q):
+                    yield f"{dtype} d={head_dim} tile={tile_q} rows", cascade
     for dtype, tile_q in itertools.product(kernels.DECODE_DTYPES, (None, 16, 32, 64)):
         many = (
             40 if dtype == "bfloat16" and tile_q is not None else 0

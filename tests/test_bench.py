@@ -1207,7 +1207,7 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     seen = set()
     for name, cascade in cascade_problems():
         problem, levels = cascade.problem, cascade.levels
-        kind = next(kind for kind in ("short", "long", "many") if kind in name)
+        kind = next(kind for kind in ("short", "long", "many", "rows") if kind in name)
         node_bytes = 16 * sum(pages.batch_size for pages, _ in levels.levels)
         if problem.ckv_dim is None:
             config = kernels.cascade_config("sm_90a", problem.head_dim, ())
@@ -1226,6 +1226,8 @@ def test_sanitizer_cascades_run_every_instance() -> None:
                 instance = "mla_sm90_cascade", kernels.CUDA_TYPES[problem.dtype], mla.tile_q
             used, fits = mla.shared_bytes + kernels._STATIC_SHARED_BYTES + 1024 + node_bytes, False
         assert (used > per_sm) == (kind == "many" and not fits), name  # nodes lie in global memory then
+        if kind == "rows":  # of each CTA, by three teams
+            assert 32 < problem.q.shape[0] * problem.q.shape[1] // 132 <= 90, name
         seen.add((instance, kind))
         if kind == "short" and problem.dtype == "bfloat16":
             out, lse = (a[cascade.rows] for a in cascade.call(return_lse=True))
@@ -1244,7 +1246,9 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     many = {one for one in instances if one[1] == bfloat16 and one[0] != "mla_cascade"}
     kinds = {(one, "short") for one in instances}
     kinds |= {(one, "long") for one in instances if one[1] == bfloat16}
-    assert seen == kinds | {(one, "many") for one in many}
+    rows = {(one, "rows") for one in many if one[0] == "decode_sm90_cascade"}
+    assert len(rows) == len(kernels.DECODE_SM90_HEAD_DIMS)
+    assert seen == kinds | rows | {(one, "many") for one in many}
 
 
 def test_sanitizer_parts_make_a_whole() -> None:
