@@ -20,7 +20,6 @@ from typing import Self
 import numpy as np
 
 from . import __version__
-from .cascade import level_sizes
 from .checks import check_divisible
 from .draw import draw_levels
 from .kernels import (
@@ -32,6 +31,7 @@ from .kernels import (
     decode_config,
 )
 from .prefix import CascadeCost, PrefixTree
+from .runs import level_sizes
 from .runtime import (
     CI_ARCHS,
     Build,
@@ -48,6 +48,7 @@ from .runtime.compiler import nvrtc
 from .runtime.registry import TemplateArg, UnknownKernel, get_spec
 from .schedule import (
     Segment,
+    are_uneven,
     cascade_schedule,
     choose_group_overhead,
     decode_schedule,
@@ -219,6 +220,7 @@ def _schedule(args: argparse.Namespace) -> int:
         window_left=args.window_left,
         fixed_split_size=args.fixed_split_size,
         num_parts=choose_num_parts(num_kv_heads, num_tiles or 0, max_ctas, args.num_sms),
+        num_threads=config.num_threads,
     )
     if args.out is not None:
         title = f"{len(args.lens)} requests, {sum(args.lens)} tokens, {_sizes(args)}"
@@ -247,13 +249,16 @@ def _cascade(args: argparse.Namespace) -> int:
         config = _decode_config(args, num_tiles, len(requests))
     else:
         config = cascade_config(args.arch, args.head_dim, sizes, args.num_kv_heads, args.num_sms)
+        sizes = level_sizes(config.tile_kv, len(requests) * group_size, args.block_size, levels)
         num_tiles = args.num_kv_heads * sum(tiles * -(-rows // config.tile_q) for tiles, rows in sizes)
     max_ctas = config.ctas_per_sm * args.num_sms
     overhead, parts = None, 1  # as `decode` chooses
     if is_plain:
         parts = choose_num_parts(args.num_kv_heads // config.heads, num_tiles, max_ctas, args.num_sms)
     else:
-        overhead = choose_group_overhead(config.group_overhead, num_tiles, max_ctas)
+        own_tiles = [-(-kv_len // config.tile_kv) or 1 for kv_len in levels.levels[-1][0].kv_lens.tolist()]
+        of_group = config.uneven_overhead if are_uneven(own_tiles) else config.group_overhead
+        overhead = choose_group_overhead(of_group, num_tiles, max_ctas)
     segments = cascade_schedule(
         levels,
         num_kv_heads=args.num_kv_heads // config.heads,
@@ -263,6 +268,7 @@ def _cascade(args: argparse.Namespace) -> int:
         max_ctas=max_ctas,
         group_overhead=overhead,
         num_parts=parts,
+        num_threads=config.num_threads,
     )
     num_tokens = sum(kv_len for kv_len, _ in requests)
     shared = [(qo_indptr, pages.kv_lens.tolist()) for pages, qo_indptr in levels.levels[:-1]]

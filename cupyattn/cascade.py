@@ -14,7 +14,7 @@ from cupyattn.cache import PagedKVCache, PagedMLACache, PageTable, as_cache, as_
 from cupyattn.decode import DecodePlan, decode
 from cupyattn.levels import CascadeLevels
 from cupyattn.plan import PlanCache
-from cupyattn.runs import CascadeRuns, check_options, check_zeroed, max_units
+from cupyattn.runs import CascadeRuns, check_options, check_zeroed, level_sizes
 from cupyattn.runtime.device import device_properties
 from cupyattn.runtime.registry import get_kernel
 from cupyattn.runtime.tensor_map import KeyBoxes
@@ -318,15 +318,6 @@ def _plans(is_mla: bool, num_levels: int) -> PlanCache[AttentionPlan]:
 
 def _num_tokens(q: Any, levels: CascadeLevels) -> int:
     return int((q if levels.q_indices is None else levels.q_indices).shape[0])
-
-
-def level_sizes(size: int, num_rows: int, page_size: int, levels: CascadeLevels) -> list[tuple[int, int]]:
-    """Return of each level that has groups: tiles of `size` keys that they have room for, and their rows on average."""
-    return [
-        (max_units(size, pages.batch_size, True, 1, page_size, pages), -(-num_rows // pages.batch_size))
-        for pages, _ in levels.levels
-        if pages.batch_size
-    ]
 
 
 def _validate(cache: Any, levels: CascadeLevels, num_rows: int, workspace: Any, window_left: int) -> None:

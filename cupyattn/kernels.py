@@ -51,7 +51,8 @@ class DecodeConfig:
     ctas_per_sm: int
     heads: int = 1  # KV heads whose rows of keys a tile has side by side
     flags_states: ClassVar[bool] = False
-    group_overhead: ClassVar[int] = 0
+    group_overhead: ClassVar[tuple[int, int]] = 0, 1
+    uneven_overhead: ClassVar[tuple[int, int]] = 1, 4
 
     @property
     def num_threads(self) -> int:
@@ -95,7 +96,8 @@ class DecodeSm90Config:
     heads: ClassVar[int] = 1
     ctas_per_sm: ClassVar[int] = 1
     flags_states: ClassVar[bool] = False
-    group_overhead: ClassVar[int] = 0
+    group_overhead: ClassVar[tuple[int, int]] = 0, 1
+    uneven_overhead: ClassVar[tuple[int, int]] = 1, 4
 
     def shared_bytes(self, head_dim: int) -> int:
         """Dynamic shared memory of a CTA: four tiles of keys and values, queries of two segments, places of states."""
@@ -255,6 +257,9 @@ _SM90_TILES_PER_SM = 1.5
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
 _DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0), 128: (1.3, 1.3)}
+#: The same with so many tiles of keys for each SM that memory is the limit: rows that do not exist cost nothing.
+_MEMORY_TILES_PER_SM = 64
+_MEMORY_TILE_COSTS = {**_DECODE_TILE_COSTS, 64: (1.0, 1.0)}
 #: Between 16 and 32 rows of one tile there is a tie, which the first wins: it has less to merge.
 _MLA_TILE_COSTS = {16: (1.0, 0.6), 32: (1.0, 0.65), 64: (1.05, 0.6)}
 
@@ -286,7 +291,7 @@ def cascade_config(
         Of each level, tiles of 64 keys that its groups have room for, and the query rows of a group on average (query
         tokens x group size), both per KV head.
     num_kv_heads, num_sms : int
-        Of tiles of 128 rows there must be some for each SM.
+        Of tiles of 128 rows there must be some for each SM; with many tiles of keys for each, 64 rows cost less.
 
     Notes
     -----
@@ -300,7 +305,9 @@ def cascade_config(
         or num_kv_heads * sum(num_tiles * -(-rows // config.tile_q) for num_tiles, rows in levels)
         >= _SM90_TILES_PER_SM * num_sms
     ]
-    return min(configs, key=lambda config: _cascade_cost(_DECODE_TILE_COSTS, config.tile_q, levels))
+    num_tiles = num_kv_heads * sum(num_tiles for num_tiles, _ in levels)
+    costs = _MEMORY_TILE_COSTS if num_tiles >= _MEMORY_TILES_PER_SM * num_sms else _DECODE_TILE_COSTS
+    return min(configs, key=lambda config: _cascade_cost(costs, config.tile_q, levels))
 
 
 def cascade_configs(arch: str, head_dim: int) -> tuple[DecodeConfig | DecodeSm90Config, ...]:
@@ -366,7 +373,8 @@ class MLAConfig:
     num_stages: int
     query_buffers: int
     flags_states: ClassVar[bool] = False
-    group_overhead: ClassVar[int] = 0
+    group_overhead: ClassVar[tuple[int, int]] = 0, 1
+    uneven_overhead: ClassVar[tuple[int, int]] = 0, 1
 
     @property
     def num_threads(self) -> int:
@@ -392,17 +400,15 @@ class MLAConfig:
 
 @dataclass(frozen=True)
 class MLASm90Config:
-    """A shape of the kernel of mla_sm90.cu, by the query rows of a tile.
-
-    `group_overhead` is what queries and states of a group of a cascade cost, in tiles (see bench/NOTES.md).
-    """
+    """A shape of the kernel of mla_sm90.cu, by the query rows of a tile."""
 
     tile_q: int
     is_cascade: bool = False
     num_threads: ClassVar[int] = 384
     tile_kv: ClassVar[int] = 64
     most_box_rows: ClassVar[int] = 64  # keys of a box (tma.cuh): a tile's
-    group_overhead: ClassVar[int] = 2
+    group_overhead: ClassVar[tuple[int, int]] = 2, 8
+    uneven_overhead: ClassVar[tuple[int, int]] = 2, 8  # the same, as its merge reads it of Levels alone
 
     @property
     def flags_states(self) -> bool:

@@ -46,8 +46,12 @@ class Tiles(Protocol):
         """Whether of partial states only the flags must be zero between launches (FlaggedPartials of flagged.cuh)."""
 
     @property
-    def group_overhead(self) -> int:
-        """What queries and states of a group of a cascade cost, in tiles."""
+    def group_overhead(self) -> tuple[int, int]:
+        """What queries and states of a group of a cascade cost, as `choose_group_overhead` takes it."""
+
+    @property
+    def uneven_overhead(self) -> tuple[int, int]:
+        """The same, where requests differ."""
 
 
 class Runs:
@@ -247,9 +251,14 @@ class CascadeRuns(Runs):
             for (pages, _), first_node in zip(levels.levels, first_nodes, strict=False)
         ]
         place = (shared_bytes, True) if in_shared else (workspace_layout(kernel.device).scratch, False)
-        overhead = choose_group_overhead(tiles.group_overhead, num_units, self._num_ctas)
+        sizes = level_sizes(tiles.tile_kv, num_tokens * group_size, page_size, levels)
+        num_tiles = num_kv_heads * sum(each * -(-rows // tiles.tile_q) for each, rows in sizes)
+        overheads = (
+            choose_group_overhead(cost, num_tiles, self._num_ctas)
+            for cost in (tiles.group_overhead, tiles.uneven_overhead)
+        )
         self.num_structs = 1
-        self._totals = (levels.num_levels, num_nodes, num_tokens, self._slot_rows, overhead, *place)
+        self._totals = (levels.num_levels, num_nodes, num_tokens, self._slot_rows, *overheads, *place)
 
     def pack(self, addresses: Sequence[int]) -> bytes:
         """Return Levels, of the addresses of the arrays of `CascadeLevels`."""
@@ -258,7 +267,7 @@ class CascadeRuns(Runs):
             for i, numbers in enumerate(self._numbers)
         )
         packed = packed.ljust(MAX_LEVELS * struct.calcsize("<4Q4i"), b"\0")
-        return packed + struct.pack("<Q5iIi4x", addresses[-1], *self._totals)
+        return packed + struct.pack("<Q6iIi", addresses[-1], *self._totals)
 
 
 def max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: int, pages: PageTable) -> int:
@@ -277,6 +286,15 @@ def max_units(size: int, num_rows: int, single: bool, tile_q: int, page_size: in
     if single:
         return num_q_tiles // batch_size * (tokens // size + batch_size)
     return num_rows // tile_q * (tokens // size) + num_q_tiles + tokens // size
+
+
+def level_sizes(size: int, num_rows: int, page_size: int, levels: CascadeLevels) -> list[tuple[int, int]]:
+    """Return of each level that has groups: tiles of `size` keys that they have room for, and their rows on average."""
+    return [
+        (max_units(size, pages.batch_size, True, 1, page_size, pages), -(-num_rows // pages.batch_size))
+        for pages, _ in levels.levels
+        if pages.batch_size
+    ]
 
 
 def check_workspace(caller: str, workspace: Any, needed_bytes: int) -> None:

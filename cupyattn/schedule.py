@@ -19,6 +19,8 @@ from cupyattn import checks
 from cupyattn.levels import CascadeLevels
 
 _MAX_UNITS = 2**31 - 1  # kernels count units in an int
+_MANY_Q_TILES = 7  # kMostQTiles of schedule.cuh
+_STARTING_ROWS = 33  # of a query tile, from which on decode.cu lets groups start runs
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def decode_schedule(
     fixed_split_size: int | None = None,
     group_overhead: int | None = None,
     num_parts: int = 1,
+    num_threads: int = 128,
 ) -> list[Segment]:
     """Say which CTA of a decode step reads which keys.
 
@@ -212,10 +215,13 @@ def decode_schedule(
         depend on its neighbours, nor on `max_ctas`. By default cuts are where runs end.
     group_overhead : int, optional
         Tiles that a group counts for besides its own, for its queries and its states; only without fixed splits. By
-        default what `decode` chooses (see `uneven_group_overhead`); for cascades see `choose_group_overhead`.
+        default what `decode` chooses (see `uneven_group_overhead`), which may also have groups start runs (see
+        `starting_run`); for cascades see `choose_group_overhead`.
     num_parts : int
         Parts of the KV heads, each of which has a line and an equal share of the CTAs for itself, every `num_parts`-th;
         only without fixed splits.
+    num_threads : int
+        Of a CTA: groups of more requests do not start runs.
 
     Returns
     -------
@@ -280,6 +286,7 @@ def decode_schedule(
         line = decode_schedule(
             kv_lens, num_kv_heads=num_heads, group_size=group_size, tile_kv=tile_kv, tile_q=tile_q,
             max_ctas=max_ctas // num_parts, qo_lens=qo_lens, window_left=window_left, group_overhead=group_overhead,
+            num_threads=num_threads,
         )  # fmt: skip
         return [
             replace(s, cta=s.cta * num_parts + part, kv_head=part * num_heads + s.kv_head)
@@ -303,11 +310,21 @@ def decode_schedule(
     if total > _MAX_UNITS:
         units = "splits" if fixed_splits else "tiles"
         raise ValueError(f"decode_schedule: kernels count up to 2^31 - 1 {units}, got {total}")
+    run_of_group = 1
     if group_overhead is None:
-        is_weighed = qo_lens is None and not fixed_splits
-        group_overhead = uneven_group_overhead(num_units, num_groups, max_ctas) if is_weighed else 0
+        q_tiles = {request.num_q_tiles(group_size, tile_q) for request in requests}
+        may_start = tile_q >= _STARTING_ROWS
+        knows_groups = qo_lens is None or (may_start and len(q_tiles) == 1 and max(q_tiles) < _MANY_Q_TILES)
+        is_weighed = knows_groups and not fixed_splits
+        if is_weighed and may_start and len(requests) <= num_threads:
+            run_of_group = starting_run(num_units, num_groups, max_ctas)
+        group_overhead = 0
+        if is_weighed and run_of_group == 1:
+            group_overhead = uneven_group_overhead(num_units, num_groups, max_ctas)
         total += group_overhead * num_groups
-    partition = Partition.of(total, max_ctas, group_overhead + 1)  # every run has a tile
+    if run_of_group > 1:
+        total = run_of_group * _starting_runs(num_units, num_groups, run_of_group)
+    partition = Partition.of(total, max_ctas, max(group_overhead + 1, run_of_group))  # every run has a tile
     segments = []
     unit = 0
     for request_idx, request in enumerate(requests):
@@ -324,6 +341,7 @@ def decode_schedule(
                 complete = end - unit == in_group
                 segments.append(Segment(cta, request_idx, kv_head, q_tile, kv_begin, kv_end, complete))
                 unit = end
+            unit = group_begin + _ceil_div(in_group, run_of_group) * run_of_group
     return segments
 
 
@@ -338,13 +356,14 @@ def cascade_schedule(
     window_left: int = -1,
     group_overhead: int | None = None,
     num_parts: int = 1,
+    num_threads: int = 128,
 ) -> list[Segment]:
     """Say which CTA of a cascade reads which keys: on its line, the groups of all levels are the requests.
 
     Parameters
     ----------
     levels : CascadeLevels
-    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left, group_overhead, num_parts
+    num_kv_heads, group_size, tile_kv, tile_q, max_ctas, window_left, group_overhead, num_parts, num_threads
         As for `decode_schedule`. With several levels, kernels know no parts, and `group_overhead` is 0 by default; a
         single one is plain decode.
 
@@ -380,11 +399,14 @@ def cascade_schedule(
         # Without keys a group is nothing, but a request's result must be written.
         qo_lens.append(tokens if number == levels.num_levels else np.where(lens > 0, tokens, 0))
         kv_lens.append(lens)
-    is_plain = levels.num_levels == 1 and levels.levels[0][1] is None and levels.q_indices is None
+    is_plain = levels.num_levels == 1 and levels.q_indices is None
+    has_offsets = not is_plain or levels.levels[0][1] is not None
+    if group_overhead is None and not is_plain:
+        group_overhead = 0
     return decode_schedule(
         np.concatenate(kv_lens), num_kv_heads=num_kv_heads, group_size=group_size, tile_kv=tile_kv, tile_q=tile_q,
-        max_ctas=max_ctas, qo_lens=None if is_plain else np.concatenate(qo_lens), window_left=window_left,
-        group_overhead=group_overhead, num_parts=num_parts,
+        max_ctas=max_ctas, qo_lens=np.concatenate(qo_lens) if has_offsets else None, window_left=window_left,
+        group_overhead=group_overhead, num_parts=num_parts, num_threads=num_threads,
     )  # fmt: skip
 
 
@@ -393,7 +415,8 @@ def uneven_group_overhead(num_tiles: Sequence[int], num_groups: int, max_ctas: i
 
     All runs load queries and leave a state. One that goes on to another group does so twice, and is done later than one
     inside a long request. So where requests differ, groups count for a tile more, if no run is longer for it. (Of the
-    requests, kernels look at the first and at the sum.)
+    requests' tiles of keys, kernels look at the first one's and at the sum. With `qo_indptr` they know how many groups
+    there are only in tiles of more than 32 rows, and if all requests have as many.)
 
     Parameters
     ----------
@@ -420,7 +443,47 @@ def uneven_group_overhead(num_tiles: Sequence[int], num_groups: int, max_ctas: i
     return int(is_uneven and quota > 1 and total + num_groups <= min(quota * max_ctas, _MAX_UNITS))
 
 
-def choose_group_overhead(most: int, num_tiles: int, max_ctas: int) -> int:
+def starting_run(num_tiles: Sequence[int], num_groups: int, max_ctas: int) -> int:
+    """Return how many tiles runs of `decode` have where each group starts one, or 1 where groups do not.
+
+    They do in tiles of more than 32 query rows, which leave large states, where requests differ: if runs of equal
+    length had tiles of two groups, and there are CTAs enough for runs as long as if each group counted for a tile more.
+
+    Parameters
+    ----------
+    num_tiles : sequence of int, shape [batch_size]
+        Tiles of all groups of each request.
+    num_groups : int
+        Of all requests, each of which has as many.
+    max_ctas : int
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> [starting_run(num_tiles, 3, 4) for num_tiles in ([9, 2, 3], [5, 5, 1], [5, 5, 5])]
+    [5, 1, 1]
+    """
+    total = sum(num_tiles)
+    if not num_tiles or num_tiles[0] * len(num_tiles) == total:
+        return 1
+    overhead = uneven_group_overhead(num_tiles, num_groups, max_ctas)
+    are_mixed = total + num_groups * overhead > max_ctas * (overhead + 1)
+    quota = _ceil_div(total + num_groups, max_ctas)
+    if not are_mixed or total + num_groups > _MAX_UNITS:
+        return 1
+    return quota if _starting_runs(num_tiles, num_groups, quota) <= max_ctas else 1
+
+
+def _starting_runs(num_tiles: Sequence[int], num_groups: int, quota: int) -> int:
+    """Return how many runs of up to `quota` tiles there are, each of one group."""
+    groups_each = num_groups // len(num_tiles)
+    return groups_each * sum(_ceil_div(tiles // groups_each, quota) for tiles in num_tiles)
+
+
+def choose_group_overhead(cost: tuple[int, int], num_tiles: int, max_ctas: int) -> int:
     """Choose how many tiles a group of a cascade counts for besides its own.
 
     A run that lies in many short groups (requests' own keys) loads many queries and leaves many states, and takes
@@ -428,8 +491,8 @@ def choose_group_overhead(most: int, num_tiles: int, max_ctas: int) -> int:
 
     Parameters
     ----------
-    most : int
-        What queries and states of a group cost, in tiles.
+    cost : (int, int)
+        What queries and states of a group cost, in tiles; and how many tiles a run must have for each of these.
     num_tiles : int
         Tiles that all groups have room for.
     max_ctas : int
@@ -437,15 +500,30 @@ def choose_group_overhead(most: int, num_tiles: int, max_ctas: int) -> int:
     Returns
     -------
     int
-        `most`, or where runs are short an eighth of their tiles: what counts for no tiles must not make them
-        longer. (By the room. Where there are far fewer keys, runs may have up to ``most + 1`` tiles all the same.)
+        All that it costs, or less where runs are short: what counts for no tiles must not make them longer. (By the
+        room. Where there are far fewer keys, runs may have as many tiles as a group costs, and one more, all the same.)
 
     Examples
     --------
-    >>> choose_group_overhead(3, 5120, 132), choose_group_overhead(3, 1088, 132), choose_group_overhead(3, 384, 132)
-    (3, 1, 0)
+    >>> [choose_group_overhead((3, 8), num_tiles, 132) for num_tiles in (5120, 1088, 384)]
+    [3, 1, 0]
     """
-    return min(most, -(-num_tiles // max_ctas) // 8)
+    tiles, run_tiles = cost
+    return min(tiles, _ceil_div(num_tiles, max_ctas) // run_tiles)
+
+
+def are_uneven(num_tiles: Sequence[int]) -> bool:
+    """Return whether requests of a cascade, which have so many tiles of their own, differ as its kernels see it.
+
+    One must have more than twice as many as another, and has, if it has four times as many.
+
+    Examples
+    --------
+    >>> are_uneven([4, 8]), are_uneven([3, 8]), are_uneven([1, 4])
+    (False, True, True)
+    """
+    sizes = [int(tiles).bit_length() for tiles in num_tiles]
+    return len(sizes) > 0 and max(sizes) - min(sizes) > 1
 
 
 def schedule_figures(segments: Sequence[Segment]) -> ScheduleFigures:

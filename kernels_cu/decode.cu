@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(32 * kWarpsQ * kWarpsKV, kCtasPerSM)
   const Divisor page{page_size, page_multiplier, page_shift};
   extern __shared__ __align__(kUsesWgmma ? 1024 : 128) unsigned char smem[];
   __shared__ Problem::Note smem_notes[kIsCascade ? 1 : kThreads];
-  auto problem = uneven<kFixedSplits ? 0 : 1, false>(
+  // Where tiles have many rows, two ends of a run cost more than runs of unequal length.
+  auto problem = uneven<kFixedSplits ? 0 : 1, false, 1, (kTileQ > 32)>(
       problem_of(departures, smem, smem_notes, kThreads, PageTable{kv_indptr, kv_indices, table_row_stride},
                  num_table_entries, qo_indptr, kv_lens, batch_size, num_kv_heads, group, window_left,
                  split_shift, max_splits, cascade...));

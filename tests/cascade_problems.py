@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from device import Pool, assert_right, attend, misses, poison
@@ -41,16 +42,22 @@ def tile_rows(tile_q: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def group_overhead(tiles: int) -> Iterator[None]:
-    """Have groups count for so many tiles besides their own, also where runs are short."""
-    chosen = runs.choose_group_overhead
-    runs.choose_group_overhead = lambda most, num_tiles, max_ctas: tiles
-    cascade_module._plans.cache_clear()
-    try:
-        yield
-    finally:
-        runs.choose_group_overhead = chosen
+def group_overhead(tiles: int, uneven: int | None = None) -> Iterator[None]:
+    """Have groups count for so many tiles besides their own, also where runs are short.
+
+    Where requests differ, for `uneven`, but in mla_sm90.cu, where both must be equal.
+    """
+    choose = mock.patch.object(runs, "choose_group_overhead", lambda cost, num_tiles, max_ctas: cost)
+    shapes = kernels.DecodeConfig, kernels.DecodeSm90Config, kernels.MLAConfig, kernels.MLASm90Config
+    with contextlib.ExitStack() as patches:
+        patches.callback(cascade_module._plans.cache_clear)
+        patches.enter_context(choose)
+        for shape in shapes:
+            is_one = uneven is None or shape is kernels.MLASm90Config
+            costs = {"group_overhead": tiles, "uneven_overhead": tiles if is_one else uneven}
+            patches.enter_context(mock.patch.multiple(shape, **costs))
         cascade_module._plans.cache_clear()
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

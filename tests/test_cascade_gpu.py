@@ -48,6 +48,7 @@ from cupyattn import cascade as cascade_module
 from cupyattn.cache import PageTable
 from cupyattn.levels import CascadeLevels
 from cupyattn.runs import is_zeroed
+from cupyattn.schedule import are_uneven
 
 FUZZ_CASES = int(os.environ.get("CUPYATTN_FUZZ_CASES", "2000")) // 16
 DTYPES = ("float16", "bfloat16")
@@ -162,6 +163,31 @@ def test_groups_that_count_for_more_than_their_tiles(gpu, tiles, kind):
         for name, arguments in large(gpu).items():
             if kind == "gqa":
                 check_cascade(build_cascade(**arguments, xp=gpu), (name, tiles))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("equal", "uneven"), [(0, 1), (2, 0)])
+@pytest.mark.parametrize("tile_q", [16, 32, 64, 128])
+def test_groups_that_count_for_more_where_requests_differ(gpu, tile_q, equal, uneven):
+    """Then units are added up twice; also where nodes lie in the workspace, and several are a thread's."""
+    rng = np.random.default_rng(tile_q)
+    with tile_rows(tile_q), group_overhead(equal, uneven):
+        for i, (name, structure) in enumerate(STRUCTURES.items()):
+            if len(structure["own_lens"]) > 1:
+                first, *others = structure["own_lens"]
+                longer = structure | {"own_lens": [first + 500, *others]}
+                assert are_uneven([-(-n // 64) or 1 for n in longer["own_lens"]]), name
+                cascade = build_cascade(
+                    **longer, head_dim=128, num_kv_heads=2, group_size=4, dtype=DTYPES[i % 2], seed=i, xp=gpu
+                )
+                check_cascade(cascade, (name, tile_q))
+        nearly_equal, one_long, many = [130, 190, 250] * 22, [130] * 65 + [2000], rng.integers(1, 400, 900)
+        for own_lens, differ in ((nearly_equal, False), (one_long, True), (many, True)):
+            assert are_uneven([-(-n // 64) for n in own_lens]) == differ
+            pairs = [2] * (len(own_lens) // 2)
+            shared = [([len(own_lens)], [1000]), (pairs, rng.integers(0, 90, len(pairs)))]
+            cascade = build_cascade(own_lens, shared, num_kv_heads=2, group_size=4, xp=gpu)
+            check_cascade(cascade, (own_lens, tile_q))
 
 
 @pytest.mark.gpu

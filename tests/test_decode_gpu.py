@@ -274,19 +274,25 @@ def test_more_requests_than_threads(xp, batch, ragged):
         check(problem, (batch, head_dim))
 
 
+@pytest.mark.parametrize("qo_len", [None, 1, 3])
 @pytest.mark.parametrize("window_left", [-1, 150])
 @pytest.mark.parametrize(
     ("num_kv_heads", "group_size", "head_dim"), [(1, 8, 128), (2, 5, 256), (3, 40, 64), (1, 1, 80)]
 )
-def test_requests_that_differ(xp, num_kv_heads, group_size, head_dim, window_left):
+def test_requests_that_differ(xp, num_kv_heads, group_size, head_dim, window_left, qo_len):
+    """With qo_indptr, groups count for more in tiles of more than 32 rows, if all requests have as many tiles."""
     rng = np.random.default_rng(group_size)
     sizes = [(2, 3000), (3, 300), (9, 3000), (40, 300), (129, 3000), (300, 300)]
     for batch, longest in size(xp, sizes, [(3, 300)]):
         kv_lens = rng.integers(0, longest, batch)
         kv_lens[0] = 64 * rng.integers(1, 40)
+        qo_lens = None if qo_len is None else np.full(batch, qo_len)
+        if qo_lens is not None and batch == 40:
+            qo_lens[20] = 30
         problem = build_problem(
             kv_lens, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim, xp=xp,
             window_left=window_left, dense=batch % 2 == 0, seed=batch,
+            qo_lens=qo_lens,
         )  # fmt: skip
         check(problem, (batch, longest))
 
@@ -312,6 +318,43 @@ def test_groups_that_count_for_a_tile_more_if_there_is_room(xp, batch, num_kv_he
             build_problem(kv_lens, num_kv_heads=num_kv_heads, group_size=8, head_dim=head_dim, xp=xp),
             expected,
         )
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group_size", "head_dim", "qo_len"),
+    [
+        (1, 64, 128, None),
+        (2, 33, 64, None),
+        (1, 100, 256, None),
+        (3, 50, 96, None),
+        (1, 32, 128, 2),
+        (2, 11, 64, 7),
+    ],
+)
+def test_groups_that_start_runs(xp, num_kv_heads, group_size, head_dim, qo_len):
+    """With more than 32 rows a tile each group of requests that differ starts a run, if there are CTAs for all.
+
+    Not of more requests than a CTA has threads, 128; with 256 columns tiles have 32 rows.
+    """
+    rng = np.random.default_rng(group_size)
+    sizes = [
+        (2, 40_000),
+        (3, 20_000),
+        (8, 16_000),
+        (17, 8_000),
+        (33, 3000),
+        (64, 2000),
+        (128, 1500),
+        (129, 1500),
+    ]
+    for batch, longest in size(xp, sizes, [(3, 300)]):
+        kv_lens = rng.integers(0, longest // num_kv_heads, batch)
+        problem = build_problem(
+            kv_lens, num_kv_heads=num_kv_heads, group_size=group_size, head_dim=head_dim, xp=xp, seed=batch,
+            dense=False, qo_lens=None if qo_len is None else [qo_len] * batch,
+        )  # fmt: skip
+        check(problem, (batch, kv_lens))
+        assert decode_bytes(problem) == decode_bytes(problem)
 
 
 @pytest.mark.parametrize("only", [0, 128, 700, 1023])

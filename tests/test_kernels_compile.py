@@ -54,7 +54,7 @@ def test_compiles_without_spills(instance: Instance, built: Callable[[Instance],
     elif instance[1] == "decode_sm90_cascade":  # this too
         shared_bytes = DecodeSm90Config().shared_bytes(int(instance[2][1]))
         assert result.resources.static_smem + shared_bytes <= 227 * 1024
-    elif instance[1] == "decode":
+    elif instance[1] in ("decode", "decode_cascade"):  # this instead of notes has where rows stand
         shape = DecodeConfig(*map(int, instance[2][2:9]))
         assert result.resources.static_smem <= shape.static_shared_bytes
     else:

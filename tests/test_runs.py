@@ -297,7 +297,9 @@ def test_shapes_for_cascades():
     assert tile_q((129, 64), (320, 1), num_kv_heads=8) == 64  # 64 x (8192 + 256), 8/8
     assert tile_q((32, 256), (96, 8)) == 64  # 32 x (2000 + 128), 8/1: one tile of 128 rows for an SM
     assert tile_q((147, 248), (7230, 8)) == 32  # the tool-agent batch: nearly nothing is
-    assert tile_q((147, 31), (7230, 1)) == 32  # the same, 32/32
+    assert tile_q((147, 31), (7230, 1), num_kv_heads=32) == 32  # the same, 32/32
+    assert tile_q((147, 124), (7230, 4), num_kv_heads=8) == 64  # 32/8: many tiles of keys for each SM
+    assert tile_q((147, 124), (7230, 4)) == 32
     assert tile_q((33, 256), (768, 1)) == 64  # 256 x (2048 + 128), 8/8
     assert tile_q((9, 64), (84, 4)) == 32  # 16 x (512 + 256), 32/8
     assert tile_q((63, 8), (24, 1)) == 16  # one tile of rows has all
@@ -312,6 +314,11 @@ def test_shapes_for_cascades():
     for levels in ([(128, 2048), (1024, 16)], [(9, 512), (6326, 16)]):
         assert mla(levels, 132).is_cascade
         assert not mla(levels, 132).flags_states
+
+
+def test_the_merge_of_latents_knows_what_groups_count_for():
+    """It makes its problem anew, of Levels alone (mla_sm90.cu)."""
+    assert kernels.MLASm90Config.uneven_overhead == kernels.MLASm90Config.group_overhead
 
 
 @pytest.mark.parametrize("arch", CI_ARCHS)

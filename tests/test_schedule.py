@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import cupyattn
@@ -22,11 +22,13 @@ from cupyattn.schedule import (
     Partition,
     Request,
     Segment,
+    are_uneven,
     cascade_schedule,
     choose_group_overhead,
     decode_schedule,
     draw_schedule,
     schedule_figures,
+    starting_run,
     uneven_group_overhead,
 )
 
@@ -50,7 +52,7 @@ def problems(draw: st.DrawFn, *, always_fixed: bool = False) -> dict[str, Any]:
         "num_kv_heads": draw(st.integers(1, 4)),
         "group_size": draw(st.sampled_from((1, 3, 8, 16))),
         "tile_kv": tile_kv,
-        "tile_q": draw(st.sampled_from((8, 16))),
+        "tile_q": draw(st.sampled_from((8, 16, 64))),
         "max_ctas": draw(st.one_of(st.integers(1, 20), st.just(264))),
         "window_left": draw(st.one_of(st.just(-1), st.integers(0, 6 * tile_kv))),
         "fixed_split_size": draw(split_sizes if always_fixed else st.none() | split_sizes),
@@ -196,7 +198,7 @@ def test_groups_that_count_for_more_than_their_tiles(problem: dict[str, Any], ov
 def test_groups_count_for_a_tile_more_where_requests_differ_and_no_run_is_longer_for_it(
     problem: dict[str, Any], kv_len: int, batch: int
 ) -> None:
-    problem |= {"qo_lens": None, "fixed_split_size": None}
+    problem |= {"qo_lens": None, "fixed_split_size": None, "tile_q": min(problem["tile_q"], 32)}
     plain = decode_schedule(**problem, group_overhead=0)
     chosen = decode_schedule(**problem)
     assert chosen in (plain, decode_schedule(**problem, group_overhead=1))
@@ -211,6 +213,73 @@ def test_groups_count_for_a_tile_more_where_requests_differ_and_no_run_is_longer
     assert decode_schedule(**equal) == decode_schedule(**equal, group_overhead=0)
     # With qo_indptr, kernels do not know how many groups come before.
     assert decode_schedule(**(problem | {"qo_lens": [1] * len(problem["kv_lens"])})) == plain
+
+
+@given(
+    st.data(),
+    st.lists(st.integers(1, 60), min_size=2, max_size=9),
+    st.integers(1, 3),
+    st.sampled_from([1, 3]),
+)
+def test_groups_of_many_rows_start_runs(
+    data: st.DataObject, num_tiles: list[int], num_kv_heads: int, qo_len: int
+) -> None:
+    """Then no run has tiles of two groups, and none is longer than if each group counted for a tile more."""
+    groups_each = num_kv_heads * (1 if qo_len == 1 else 2)
+    num_groups = groups_each * len(num_tiles)
+    run = data.draw(st.integers(2, 20))  # that there are CTAs for
+    max_ctas = groups_each * sum(-(-n // run) for n in num_tiles) + data.draw(st.integers(0, 3))
+    all_tiles = [groups_each * n for n in num_tiles]
+    quota = starting_run(all_tiles, num_groups, max_ctas)
+    assume(quota > 1)
+    problem: dict[str, Any] = {
+        "kv_lens": [64 * n - 1 for n in num_tiles],
+        "qo_lens": [qo_len] * len(num_tiles),
+        "num_kv_heads": num_kv_heads,
+        "group_size": 40,
+        "tile_kv": 64,
+        "tile_q": 64,
+        "max_ctas": max_ctas,
+    }
+    segments = decode_schedule(**problem)
+    assert len({s.group for s in segments}) == num_groups
+    assert [s.cta for s in segments] == list(range(len(segments)))
+    assert len(segments) <= max_ctas
+    assert quota == -(-(sum(all_tiles) + num_groups) // max_ctas)
+    assert max(num_units(s, 64) for s in segments) <= quota
+    for _, parts in itertools.groupby(segments, lambda s: s.group):
+        assert all(num_units(s, 64) == quota for s in list(parts)[:-1])
+    # Not where a thread has several requests, in tiles of fewer rows, or where requests have other numbers of groups.
+    counted = [decode_schedule(**problem, group_overhead=n) for n in (0, 1)]
+    assert decode_schedule(**problem, num_threads=len(num_tiles) - 1) in counted
+    if qo_len == 1:
+        problem["tile_q"], problem["group_size"] = 32, 20
+        assert decode_schedule(**problem) == counted[0]
+        problem |= {"tile_q": 64, "qo_lens": [*problem["qo_lens"][1:], 9]}
+        assert decode_schedule(**problem) == decode_schedule(**problem, group_overhead=0)
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_groups", "max_ctas", "expected"),
+    [
+        ([], 0, 4, 1),
+        ([9, 2, 3], 3, 4, 5),
+        ([18, 4, 6], 6, 8, 5),
+        ([5, 5, 1], 3, 4, 1),
+        ([5, 5], 2, 4, 1),
+        ([2, 1], 2, 4, 1),
+    ],
+)
+def test_which_groups_start_runs(num_tiles: list[int], num_groups: int, max_ctas: int, expected: int) -> None:
+    assert starting_run(num_tiles, num_groups, max_ctas) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "expected"),
+    [([], False), ([7], False), ([4, 7, 8, 15], False), ([3, 4, 8], True), ([1, 4], True)],
+)
+def test_which_requests_of_a_cascade_differ(num_tiles: list[int], expected: bool) -> None:
+    assert are_uneven(num_tiles) == expected
 
 
 def test_runs_in_short_requests_have_fewer_tiles() -> None:
@@ -260,13 +329,13 @@ def test_short_groups_weigh_as_much_as_a_long_one() -> None:
     """128 requests with 8 tiles of their own, and 32 tiles of rows of a prefix of 128 tiles, on 132 CTAs."""
     problem = {"num_kv_heads": 1, "group_size": 16, "tile_kv": 64, "tile_q": 64, "max_ctas": 132}
     lens, rows = [8192] + [512] * 128, [128] + [1] * 128
-    overhead = choose_group_overhead(2, 32 * 128 + 128 * 8, 132)
+    overhead = choose_group_overhead((2, 8), 32 * 128 + 128 * 8, 132)
     assert overhead == 2
     segments = {n: decode_schedule(lens, qo_lens=rows, group_overhead=n, **problem) for n in (0, overhead)}
     own = {n: [s.cta for s in segments[n] if s.request > 0] for n in segments}
     most = {n: max(own[n].count(cta) for cta in own[n]) for n in own}
     assert most == {0: 6, 2: 5}
-    assert choose_group_overhead(2, 384, 132) == 0
+    assert choose_group_overhead((2, 8), 384, 132) == 0
 
 
 @pytest.mark.parametrize("options", [{"group_overhead": -1}, {"group_overhead": 1, "fixed_split_size": 64}])
@@ -418,9 +487,10 @@ def test_a_cascade_is_the_schedule_of_its_groups(
         ]
     levels.append(level(kv_lens, None if qo_lens is None else ends))
     lens = {"kv_lens": all_kv_lens + kv_lens, "qo_lens": all_qo_lens + (qo_lens or [1] * len(kv_lens))}
-    if not shared_lens and qo_lens is None:  # plain decode, whose groups may count for a tile more
+    if not shared_lens and qo_lens is None:
         lens["qo_lens"] = None
-    expected = decode_schedule(**lens, **problem)
+    # Alone, it is plain decode, whose groups may count for a tile more.
+    expected = decode_schedule(**lens, **problem, group_overhead=0 if shared_lens else None)
     assert cascade_schedule(CascadeLevels(levels), **problem) == expected
 
 

@@ -41,10 +41,11 @@ struct Levels {
   Level levels[kMaxLevels];
   const int* q_indices;  // [num_tokens] or null: the row of `q` and `out` of each token
   int num_levels;
-  int num_nodes;       // of all levels
-  int num_tokens;      // that `q` has room for
-  int num_slot_rows;   // rows of states before the first home
-  int group_overhead;  // see CascadeProblem
+  int num_nodes;        // of all levels
+  int num_tokens;       // that `q` has room for
+  int num_slot_rows;    // rows of states before the first home
+  int group_overhead;   // see CascadeProblem
+  int uneven_overhead;  // the same, where requests differ
   u32 nodes_offset;  // where nodes are written down, in bytes: of the CTA's shared memory, or of the workspace
   int nodes_in_shared;
 };
@@ -70,6 +71,7 @@ struct alignas(16) Node {
 struct CascadeProblem {
   static constexpr bool kIsCascade = true;
   static constexpr bool kMayBeUneven = false;
+  static constexpr bool kMayStartRuns = false;
 
   const Levels& levels;
   Node* nodes;  // [levels.num_nodes], in shared memory or, the same of all CTAs, in global
@@ -92,6 +94,17 @@ struct CascadeProblem {
     return level;
   }
   __device__ __forceinline__ bool is_last(int level) const { return level + 1 == levels.num_levels; }
+  // Of a node, if it has requests' own keys.
+  template <typename Request>
+  __device__ __forceinline__ void add_size(Sizes& sizes, int node, const Request& request) const {
+    if (node >= levels.levels[levels.num_levels - 1].first_node) sizes.add(Sizes::of(request.num_tiles()));
+  }
+  // Whether groups now count for what they do where requests differ, and all is to be counted again.
+  __device__ __forceinline__ bool weighs_more(const Sizes& sizes) {
+    if (group_overhead == levels.uneven_overhead || !sizes.differ()) return false;
+    group_overhead = levels.uneven_overhead;
+    return true;
+  }
 
   template <bool kFromL2 = false>
   __device__ __forceinline__ void read(int node, int& qo_begin, int& qo_len, int& kv_len) const {

@@ -32,8 +32,9 @@
 // A group's queries and states cost something, too. For that, groups may have units before those of their tiles: those
 // of a cascade, of which a run in a prefix has one and a run in requests' own keys many
 // (CascadeProblem::group_overhead), and those of requests that differ, of which a run in a long one has one and a run
-// in short ones several (UnevenProblem). Or, where there are CTAs enough, each group of requests that differ starts a run,
-// and none has tiles of two; on the line, each then takes the room of whole runs:
+// in short ones several (UnevenProblem; of a cascade, Levels::uneven_overhead). Or, of a few requests that differ, and
+// where there are CTAs enough, each group starts a run, and none has tiles of two; on the line, each then takes the room
+// of whole runs:
 //
 //     [t t t t t][t t      ][t t t t  ][t t t t t][t t      ]      the groups from above on 5 CTAs
 //
@@ -58,6 +59,7 @@ struct Problem {
   static constexpr bool kIsCascade = false;
   static constexpr int group_overhead = 0;     // see CascadeProblem
   static constexpr bool kMayBeUneven = false;  // see UnevenProblem
+  static constexpr bool kMayStartRuns = false;
 
   PageTable pages;
   int num_table_entries;  // of kv_indices, to prefetch, and to be guessed from
@@ -143,10 +145,11 @@ struct Problem {
 };
 
 // The same where not all requests need have as many tiles. If they have not, a group counts for up to `kMost` tiles
-// more, or, as begin_run knows with kQTilesOutermost, `kMostOfOne` where each request's rows are one tile's; half of a
+// more, or, as begin_run knows with Traits, `kMostOfOne` where each request's rows are one tile's; half of a
 // run's at most; without kLengthensRuns, only if runs are no longer for it, as the last one is shorter than the others. With
-// kStartsRuns each group starts a run instead, where runs would have tiles of two, and there are CTAs enough for runs as
-// long as if groups counted for `kMost`, or for as much again as they have, whichever is less.
+// kStartsRuns each group starts a run instead, of no more requests than a CTA has threads, where runs would have tiles of
+// two, and there are CTAs enough for runs as long as if groups counted for `kMost`, or for as much again as they have,
+// whichever is less.
 template <int kMost, bool kLengthensRuns, int kMostOfOne = kMost, bool kStartsRuns = false>
 struct UnevenProblem : Problem {
   static constexpr bool kMayBeUneven = true;
@@ -318,6 +321,7 @@ struct Cursor {
 
 // What begin_run must know of all requests, of one or several: bits of one word.
 struct Traits {
+  static constexpr bool kIsAny = true;
   // Of any request:
   static constexpr u32 kHasMoreQTiles = 1;    // than one
   static constexpr u32 kDiffersInQTiles = 2;  // from the first request
@@ -340,15 +344,49 @@ struct Traits {
     if (q_tiles() != other.q_tiles()) bits |= kDiffersInQTiles;
     if (tiles() != other.tiles()) bits |= kDiffersInTiles;
   }
+  // Those of a warp's threads that have any, as its first one has.
+  __device__ __forceinline__ void add_warp(bool has_any) {
+    Traits of_warp{__shfl_sync(0xffffffffu, bits, 0)};
+    if (has_any) of_warp.add(*this);
+    bits = __reduce_or_sync(0xffffffffu, of_warp.bits);
+  }
 };
 
-// The sum of what this thread and those before it have, and that of all; with kHasTraits also what is to be known of all
+// The same of a cascade's requests: how many tiles of their own they have, to powers of two.
+struct Sizes {
+  static constexpr bool kIsAny = true;
+  u32 bits;
+
+  static __device__ __forceinline__ Sizes of(int num_tiles) { return {1u << 31 - __clz(num_tiles)}; }
+  __device__ __forceinline__ void add(const Sizes& other) { bits |= other.bits; }
+  __device__ __forceinline__ void add_warp(bool) { bits = __reduce_or_sync(0xffffffffu, bits); }
+  // Whether one has more than twice as many as another, and surely if it has four times as many.
+  __device__ __forceinline__ bool differ() const { return bits != 0 && bits >> 2 >= (bits & 0 - bits); }
+};
+
+// Or nothing.
+struct Unknown {
+  static constexpr bool kIsAny = false;
+};
+
+// A word a warp, one place for all who ask for it.
+template <int kThreads>
+__device__ __forceinline__ int* smem_warp_totals() {
+  __shared__ int words[kThreads / 32];
+  return words;
+}
+template <int kThreads>
+__device__ __forceinline__ u32* smem_warp_bits() {
+  __shared__ u32 words[kThreads / 32];
+  return words;
+}
+
+// The sum of what this thread and those before it have, and that of all; and what is to be known of all
 // requests, of which the first `num_threads` threads have some, and the first thread the first one. All threads must call
 // it; what they learn of all is the same.
-template <int kThreads, bool kHasTraits>
-__device__ __forceinline__ int inclusive_sum(int value, int& total, Traits& traits, int num_threads) {
-  __shared__ int smem_warp_totals[kThreads / 32];
-  __shared__ Traits smem_warp_traits[kHasTraits ? kThreads / 32 : 1];
+template <int kThreads, typename Known>
+__device__ __forceinline__ int inclusive_sum(int value, int& total, Known& known, int num_threads) {
+  int* totals = smem_warp_totals<kThreads>();
   const int tid = threadIdx.x;
   int end = value;
 #pragma unroll
@@ -356,23 +394,21 @@ __device__ __forceinline__ int inclusive_sum(int value, int& total, Traits& trai
     const int other = __shfl_up_sync(0xffffffffu, end, delta);
     if (tid % 32 >= delta) end += other;
   }
-  if (kHasTraits) {
-    Traits of_warp{__shfl_sync(0xffffffffu, traits.bits, 0)};  // of its first thread
-    if (tid < num_threads) of_warp.add(traits);
-    traits.bits = __reduce_or_sync(0xffffffffu, of_warp.bits);
-  }
+  if constexpr (Known::kIsAny) known.add_warp(tid < num_threads);
   if (tid % 32 == 31) {
-    smem_warp_totals[tid / 32] = end;
-    if (kHasTraits) smem_warp_traits[tid / 32] = traits;
+    totals[tid / 32] = end;
+    if constexpr (Known::kIsAny) smem_warp_bits<kThreads>()[tid / 32] = known.bits;
   }
   __syncthreads();
   total = 0;
-  if (kHasTraits) traits = smem_warp_traits[0];
+  if constexpr (Known::kIsAny) known.bits = smem_warp_bits<kThreads>()[0];
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < tid / 32) end += smem_warp_totals[w];
-    total += smem_warp_totals[w];
-    if (kHasTraits && w * 32 < num_threads) traits.add(smem_warp_traits[w]);
+    if (w < tid / 32) end += totals[w];
+    total += totals[w];
+    if constexpr (Known::kIsAny) {
+      if (w * 32 < num_threads) known.add(Known{smem_warp_bits<kThreads>()[w]});
+    }
   }
   return end;
 }
@@ -428,28 +464,52 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
   };
   Traits traits = Traits::of(0, 1);
   if constexpr (Problem::kMayBeUneven) problem.group_overhead = 0;
-  int units = 0;
-  Reciprocal by_group_units(1);
-  if (first_request < end_request) {
-    cursor.request_idx = first_request;
-    cursor.request = own.request;
-    cursor.pages = own.pages;
-    units = cursor.request.num_units(problem);
-    if (kQTilesOutermost) traits = traits_of(cursor.request);
-    problem.note(first_request, cursor.request, cursor.pages);
-    by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
-    if (Problem::kMayBeUneven && threadIdx.x == 0) smem_first_units = units;
-  }
-#pragma unroll 1
-  for (int b = first_request + 1; b < end_request; ++b) {
-    const OneRequest request(problem, b);
-    units += request.num_units(problem);
-    if (kQTilesOutermost) traits.add(traits_of(request));
-    problem.note(b, request);
-  }
-  int total;
+  // With them it is known how many groups requests have; without offsets it is anyway. (What finds that out makes small
+  // steps 2% slower, and is worth it where groups may start runs.)
+  bool has_traits = kQTilesOutermost;
+  if constexpr (Problem::kMayStartRuns && !kQTilesOutermost) has_traits = problem.qo_indptr != nullptr;
+  Sizes sizes;
+  if constexpr (Problem::kIsCascade) problem.group_overhead = problem.levels.group_overhead;
   const int num_threads = ceil_div(problem.batch_size, max(stride, 1));  // that have requests
-  int end = inclusive_sum<kThreads, kQTilesOutermost>(units, total, traits, num_threads);
+  Reciprocal by_group_units(1);
+  int units, end, total;
+#pragma unroll 1
+  while (true) {
+    units = 0;
+    sizes.bits = 0;
+    if (first_request < end_request) {
+      cursor.request_idx = first_request;
+      cursor.request = own.request;
+      cursor.pages = own.pages;
+      units = cursor.request.num_units(problem);
+      if (has_traits) traits = traits_of(cursor.request);
+      if constexpr (Problem::kIsCascade) problem.add_size(sizes, first_request, cursor.request);
+      problem.note(first_request, cursor.request, cursor.pages);
+      by_group_units = Reciprocal(cursor.request.num_units_in_group(problem));
+      if (Problem::kMayBeUneven && threadIdx.x == 0) smem_first_units = units;
+    }
+#pragma unroll 1
+    for (int b = first_request + 1; b < end_request; ++b) {
+      const OneRequest request(problem, b);
+      units += request.num_units(problem);
+      if (has_traits) traits.add(traits_of(request));
+      if constexpr (Problem::kIsCascade) problem.add_size(sizes, b, request);
+      problem.note(b, request);
+    }
+    if (has_traits) {
+      end = inclusive_sum<kThreads>(units, total, traits, num_threads);
+    } else if constexpr (Problem::kIsCascade) {
+      end = inclusive_sum<kThreads>(units, total, sizes, num_threads);
+      if (problem.weighs_more(sizes)) {
+        __syncthreads();  // the totals have been read
+        continue;
+      }
+    } else {
+      Unknown none;
+      end = inclusive_sum<kThreads>(units, total, none, num_threads);
+    }
+    break;
+  }
   problem.template place<OneRequest>(first_request, end_request, end - units);
   if (kFixedSplits && total > problem.max_splits) __trap();  // rather than to write past the workspace
   bool has_more_q_tiles = kQTilesOutermost && (traits.bits & Traits::kHasMoreQTiles) != 0;
@@ -471,41 +531,45 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
   }
   bool starts_runs = false;  // each group
   if constexpr (Problem::kMayBeUneven) {
-    // If all requests have as many groups: then it is known how many come before. Without Traits, requests of which the
-    // first has as many tiles as there are on average are taken for equal.
+    // If all requests have as many groups: then it is known how many come before. Without kQTilesOutermost, those of which
+    // the first has as many tiles as there are on average are taken for equal.
     int groups = problem.num_kv_heads;
-    bool is_uneven;
-    if constexpr (kQTilesOutermost) {
+    bool is_uneven = has_traits || problem.qo_indptr == nullptr;
+    if (has_traits) {
       groups *= num_q_tiles;
-      is_uneven =
-          (traits.bits & (Traits::kDiffersInTiles | Traits::kDiffersInQTiles)) == Traits::kDiffersInTiles &&
-          num_q_tiles < Traits::kMostQTiles;
+      is_uneven = (traits.bits & Traits::kDiffersInQTiles) == 0 && num_q_tiles < Traits::kMostQTiles;
     } else {
       groups *= OneRequest(0, 1, 0, -1).num_q_tiles(problem);
-      is_uneven =
-          problem.qo_indptr == nullptr && static_cast<u32>(smem_first_units) * problem.batch_size != total;
+    }
+    if constexpr (kQTilesOutermost) {
+      is_uneven = is_uneven && (traits.bits & Traits::kDiffersInTiles) != 0;
+    } else {
+      is_uneven = is_uneven && static_cast<u32>(smem_first_units) * problem.batch_size != total;
     }
     if (is_uneven) {
       const int num_groups = problem.batch_size * groups;
+      const u32 overhead = problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
       if constexpr (Problem::kMayStartRuns) {
-        static_assert(kQTilesOutermost && !kFixedSplits);
+        static_assert(!kFixedSplits);
         const int num_parts = in_parts ? num_q_tiles : 1;
         const u32 most_runs = max_ctas / num_parts * num_parts;
         // Whether runs would be long enough for tiles of two groups.
-        const u32 overhead = problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
         const bool are_mixed =
             total + static_cast<u64>(num_groups) * overhead > static_cast<u64>(most_runs) * (overhead + 1);
         // All that groups cost, or what their tiles do.
         const u64 cost = static_cast<u64>(num_groups) * problem.most_overhead(num_q_tiles);
         const int more = min(cost, static_cast<u64>(total));
-        if (are_mixed && stride == 1 && !has_more_q_tiles && more <= kMostUnits - total) {
+        const bool are_counted = static_cast<u64>(total) + more + max_ctas <= kMostUnits;  // whole runs, too
+        if (are_mixed && stride == 1 && !has_more_q_tiles && are_counted) {
           const Partition equal = partition;
           cut(more);
           const int quota = partition.quota;
           const int tiles = first_request < end_request ? cursor.request.num_tiles() : 0;
           const int runs = Reciprocal(quota).divide_up(tiles);  // of a group
           int all_runs;
-          const int end_run = inclusive_sum<kThreads, false>(runs * groups, all_runs, traits, num_threads);
+          Unknown none;
+          __syncthreads();  // the totals have been read
+          const int end_run = inclusive_sum<kThreads>(runs * groups, all_runs, none, num_threads);
           starts_runs = all_runs <= most_runs;
           if (starts_runs) {
             // A group takes the room of whole runs, of which the last one ends with its tiles (unit_end, below).
@@ -520,8 +584,7 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
         }
       }
       if (!starts_runs) {
-        problem.group_overhead =
-            problem.overhead_of(num_groups, num_q_tiles, total, partition.quota, max_ctas);
+        problem.group_overhead = overhead;
         units += max(end_request - first_request, 0) * groups * problem.group_overhead;
         end += end_request * groups * problem.group_overhead;
         total += num_groups * problem.group_overhead;
@@ -562,7 +625,8 @@ __device__ __forceinline__ bool begin_run(Problem& problem,
         }
       }
       __syncthreads();  // the totals have been read
-      end = inclusive_sum<kThreads, false>(units, total, traits, num_threads);
+      Unknown none;
+      end = inclusive_sum<kThreads>(units, total, none, num_threads);
       if (unit < total) break;
       unit -= total;
     }
