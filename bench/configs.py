@@ -440,6 +440,7 @@ def _ragged_rows() -> list[DecodeConfig]:
         ragged("lognormal2048", lognormal_lens(64, 2048), 32, 8, head_dim=64),
         ragged("lognormal2048", lognormal_lens(64, 2048), 16, 8, head_dim=256),
         ragged("lognormal2048", lognormal_lens(256, 2048), 8, 1),
+        ragged("lognormal1024", lognormal_lens(32, 1024), 64, 1),
     ]
 
 
@@ -485,8 +486,13 @@ def _mla_rows() -> list[MLAConfig]:
     twins = [(1, 65536, 16), (8, 8192, 16), (32, 4096, 64), (128, 4096, 16), (128, 4096, 128)]
     rows += [mla(*shape, page_size=1) for shape in twins]
     rows.append(MLA_SKEWED)
-    spread = lognormal_lens(64, 2048)
-    return [*rows, *(MLAConfig(spread, heads, lens_name="lognormal2048") for heads in (16, 64, 128))]
+    for batch, median in (
+        (64, 2048),
+        (16, 1024),
+    ):  # for the first there are too few SMs for each group to start a run
+        spread, name = lognormal_lens(batch, median), f"lognormal{median}"
+        rows += [MLAConfig(spread, heads, lens_name=name) for heads in (16, 64, 128)]
+    return rows
 
 
 def sharing(step: DecodeConfig | MLAConfig, num_shared: int) -> CascadeConfig:
@@ -501,9 +507,9 @@ def running_sharing(trace: str, start: int, step: DecodeConfig | MLAConfig) -> C
 
 
 def _cascade_rows() -> list[CascadeConfig]:
-    """One prefix for all, with earlier figures of peers or limits of their own; and moments of two traces.
+    """One prefix for all, with earlier figures of peers, limits, or suffixes that differ; and moments of two traces.
 
-    Those are in the shapes of Llama 3 70B on 8 GPUs and Llama 3 8B, with 32 KV heads (as far as memory goes), and of
+    These are in the shapes of Llama 3 70B on 8 GPUs and Llama 3 8B, with 32 KV heads (as far as memory goes), and of
     DeepSeek-V3 on 8 GPUs and on one.
     """
     prefixes = [(8, 4000, 128), (64, 8192, 256), (256, 2048, 128)]
@@ -513,6 +519,8 @@ def _cascade_rows() -> list[CascadeConfig]:
         sharing(mla(128, 8704, 16), 8192),
         sharing(mla(32, 4352, 128), 4096),
     ]
+    spread = tuple(2048 + n for n in lognormal_lens(256, 128))
+    rows += [sharing(ragged("2048+lognormal128", spread, 8, kv), 2048) for kv in (1, 8)]
     moments = [(TOOLAGENT, 0, 93), (MOONCAKE, 100, 32), (MOONCAKE, 700, 128), (MOONCAKE, 3000, 512)]
     for trace, start, batch in moments:
         lens = running_lens(trace, start, batch)

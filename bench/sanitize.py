@@ -57,7 +57,8 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
     While it is the caller's turn, `decode` takes that shape (`decode_shape`).
 
     Short requests; one whose keys take 71 CTAs with a tile each, or 71 fixed splits, and as many partial states; and
-    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments.
+    in bfloat16 so many of three tiles that the longest run has more tiles than stages, and several segments; and in
+    tiles of many rows a long one beside a short one, so that groups start runs.
     """
     from device import decode_shape
     from problems import build_problem
@@ -98,6 +99,9 @@ def decode_problems() -> Iterator[tuple[str, Any, dict[str, int]]]:
                 if dtype == "bfloat16":
                     num_keys = 2 * shape.tile_kv + 2
                     yield f"{name} many", build_problem([num_keys] * 600, **common), {}
+                if dtype == "bfloat16" and shape.tile_q > 32:  # each group starts a run
+                    lens = [(2 * shape.ctas_per_sm * 132 + 30) * shape.tile_kv, 700]
+                    yield f"{name} starts", build_problem(lens, **common), {}
 
 
 def run_decode(part: Part) -> int:
@@ -199,6 +203,7 @@ def cascade_structures(many: int) -> dict[str, dict[str, Any]]:
     short   groups of one tile and of several in two levels above the requests, a window that ends in either, several
             tokens a request, requests without a token, in no group or without keys of their own
     long    a group with more tiles than there are CTAs: it is split, in runs of several tiles; tokens in any order
+    uneven  requests of which one has five times as many tiles of its own as another
     many    dozens of requests (`many`, or none of this), so that there are more groups than CTAs, and more than shared
             memory has room for beside the tiles
     """
@@ -217,6 +222,7 @@ def cascade_structures(many: int) -> dict[str, dict[str, Any]]:
             "permuted": True,
             "padding": 3,
         },
+        "uneven": {"own_lens": [5, 300, 70] * 8, "shared": [([12] * 2, [200] * 2)]},
     }
     if many:
         sizes = ((12, 70), (2, 10), (1, 3))
@@ -229,8 +235,12 @@ def cascade_structures(many: int) -> dict[str, dict[str, Any]]:
 
 
 def cascade_problems() -> Iterator[tuple[str, Any]]:
-    """(name, cascade on the host) for each template instance of `cascade_decode`, GQA and MLA."""
-    from cascade_problems import build_cascade, tile_rows
+    """(name, cascade on the host) for each template instance of `cascade_decode`, GQA and MLA.
+
+    While it is the caller's turn, `cascade_decode` takes that shape, and groups of GQA count for a tile more where
+    requests differ.
+    """
+    from cascade_problems import build_cascade, group_overhead, tile_rows
 
     from cupyattn import kernels
 
@@ -245,7 +255,7 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
                     **structure, **layout, dtype=dtype, head_dim=head_dim, group_size=tile_q // 8,
                     num_kv_heads=num_kv_heads,
                 )  # fmt: skip
-                with tile_rows(tile_q):
+                with tile_rows(tile_q), group_overhead(0, 1):
                     yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
             if tile_q == kernels.DecodeSm90Config.tile_q and dtype == "bfloat16":
                 # 64 rows of the result for each of 132 CTAs: decode_sm90.cu finds early where up to 90 have states.

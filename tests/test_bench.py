@@ -136,6 +136,7 @@ def test_mla_grid_is_the_peers_and_twins() -> None:
         "b32 ctx4096 h64 sq1 p1",
         SKEWED.key,
         *(f"b64 lognormal2048 h{heads} sq1 p64" for heads in (16, 64, 128)),
+        *(f"b16 lognormal1024 h{heads} sq1 p64" for heads in (16, 64, 128)),
     }
     assert configs.GROUPS["mla"] == configs.MLA_GRID
     assert {c.page_size for c in configs.MLA_GRID} == {1, 64}
@@ -150,6 +151,8 @@ def test_cascade_keys_are_those_of_the_peers() -> None:
         "b8 ctx4128 32q/8kv d128 p16 shared4000",
         "b128 ctx8704 h16 sq1 p64 shared8192",
         "b32 ctx4352 h128 sq1 p64 shared4096",
+        "b256 2048+lognormal128 8q/1kv d128 p16 shared2048",
+        "b256 2048+lognormal128 8q/8kv d128 p16 shared2048",
     }
     moments = {(c.moment, c.step.heads) for c in configs.CASCADE_GRID if c.moment}
     batches = ("mooncake_toolagent@0", *(f"mooncake_conversat@{start}" for start in (100, 700, 3000)))
@@ -221,13 +224,13 @@ def test_grid_spans_what_the_rules_speak_of() -> None:
     peers = set(rules.earlier_peers("h100"))
     assert num_rows["paged"] == len(peers & {config.key for config in configs.DECODE_GRID})
     assert num_rows["peer"] == len(peers)
-    assert num_rows["MLA must"] == num_rows["MLA goal"] == 17
+    assert num_rows["MLA must"] == num_rows["MLA goal"] == 19
     assert num_rows["FlashMLA"] == num_rows["FlashMLA goal"] == 6
     assert num_rows["MLA b1-32"] == 4
     assert num_rows["MLA p1/p64"] == 5
     assert num_rows["MLA skewed"] == 1
     cascades = len(configs.CASCADE_GRID)
-    assert num_rows["auto/plain"] == num_rows["auto/forced"] == num_rows["cascade must"] == cascades == 28
+    assert num_rows["auto/plain"] == num_rows["auto/forced"] == num_rows["cascade must"] == cascades == 30
     assert num_rows["named"] == 4
     assert num_rows["MLA/plain"] == 1
     assert num_rows["tool-agent"] == 4  # not of 128 latent heads, which operations bind
@@ -1141,6 +1144,7 @@ def test_every_group_is_reported() -> None:
 def test_sanitizer_runs_every_instance_once() -> None:
     from bench.sanitize import decode_problems
     from cupyattn import kernels
+    from cupyattn.schedule import starting_run
 
     seen = []
     all_instances = set(kernels.DECODE.instances_for("sm_90a"))
@@ -1152,11 +1156,18 @@ def test_sanitizer_runs_every_instance_once() -> None:
         seen.append((template, *name.split()[5:]))
         if "many" in name:  # runs use a stage again
             assert shape.num_stages * shape.ctas_per_sm * 132 < 600 * 3
+        if "starts" in name:
+            num_tiles = [-(-kv_len // shape.tile_kv) for kv_len in problem.pages.kv_lens.tolist()]
+            assert starting_run(num_tiles, 2, shape.ctas_per_sm * 132) > 1
     plain = {kind for kind in seen if "fixed" not in kind}
     instances = {t for t in kernels._decode_instances("sm_90a") if not t[-1]}
     bfloat16 = {t for t in instances if t[0] == kernels.CUDA_TYPES["bfloat16"]}
     kinds = {(template, kind) for template in instances for kind in ("short", "long")}
-    assert plain == kinds | {(template, "many") for template in bfloat16}
+    kinds |= {(template, "many") for template in bfloat16}
+    shapes = {t: kernels.DecodeConfig(*t[2:-1]) for t in bfloat16}
+    starts = {(template, "starts") for template, shape in shapes.items() if shape.tile_q > 32}
+    assert len(starts) == sum(head_dim <= 128 for head_dim in kernels.DECODE_HEAD_DIMS)
+    assert plain == kinds | starts
     assert len(seen) == len(plain) + 2 * 2 * 3
     assert kernels.decode_config("sm_90a", 128, 4) != kernels.decode_config("sm_90a", 128, 64)  # chosen again
 
@@ -1201,13 +1212,14 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     from device import attend, misses
 
     from bench.sanitize import cascade_problems
-    from cupyattn import kernels
+    from cupyattn import kernels, runs
+    from cupyattn.schedule import are_uneven
 
     per_sm = kernels.shared_bytes_per_sm("sm_90a")
     seen = set()
     for name, cascade in cascade_problems():
         problem, levels = cascade.problem, cascade.levels
-        kind = next(kind for kind in ("short", "long", "many", "rows") if kind in name)
+        kind = next(kind for kind in ("short", "long", "many", "rows", "uneven") if kind in name)
         node_bytes = 16 * sum(pages.batch_size for pages, _ in levels.levels)
         if problem.ckv_dim is None:
             config = kernels.cascade_config("sm_90a", problem.head_dim, ())
@@ -1229,6 +1241,10 @@ def test_sanitizer_cascades_run_every_instance() -> None:
         if kind == "rows":  # of each CTA, by three teams
             assert 32 < problem.q.shape[0] * problem.q.shape[1] // 132 <= 90, name
         seen.add((instance, kind))
+        if kind == "uneven":
+            own_lens = levels.levels[-1][0].kv_lens.tolist()
+            assert are_uneven([-(-kv_len // 64) for kv_len in own_lens])
+            assert problem.ckv_dim or runs.choose_group_overhead(config.uneven_overhead, 1, 132) == 1
         if kind == "short" and problem.dtype == "bfloat16":
             out, lse = (a[cascade.rows] for a in cascade.call(return_lse=True))
             assert not misses(out, lse, attend(cascade.plain), problem.dtype, np), name
@@ -1245,7 +1261,7 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     bfloat16 = kernels.CUDA_TYPES["bfloat16"]
     many = {one for one in instances if one[1] == bfloat16 and one[0] != "mla_cascade"}
     kinds = {(one, "short") for one in instances}
-    kinds |= {(one, "long") for one in instances if one[1] == bfloat16}
+    kinds |= {(one, kind) for one in instances if one[1] == bfloat16 for kind in ("long", "uneven")}
     rows = {(one, "rows") for one in many if one[0] == "decode_sm90_cascade"}
     assert len(rows) == len(kernels.DECODE_SM90_HEAD_DIMS)
     assert seen == kinds | rows | {(one, "many") for one in many}
