@@ -486,10 +486,8 @@ def _mla_rows() -> list[MLAConfig]:
     twins = [(1, 65536, 16), (8, 8192, 16), (32, 4096, 64), (128, 4096, 16), (128, 4096, 128)]
     rows += [mla(*shape, page_size=1) for shape in twins]
     rows.append(MLA_SKEWED)
-    for batch, median in (
-        (64, 2048),
-        (16, 1024),
-    ):  # for the first there are too few SMs for each group to start a run
+    # Of the first there are too many for each group to start a run.
+    for batch, median in ((64, 2048), (16, 1024)):
         spread, name = lognormal_lens(batch, median), f"lognormal{median}"
         rows += [MLAConfig(spread, heads, lens_name=name) for heads in (16, 64, 128)]
     return rows
