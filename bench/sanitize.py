@@ -258,13 +258,18 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
                 with tile_rows(tile_q), group_overhead(0, 1):
                     yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
             if tile_q == kernels.DecodeSm90Config.tile_q and dtype == "bfloat16":
-                # 64 rows of the result for each of 132 CTAs: decode_sm90.cu finds early where up to 90 have states.
-                cascade = build_cascade(
-                    [5] * 528, [([12] * 44, [70] * 44)], dtype=dtype, head_dim=head_dim, group_size=16,
-                    num_kv_heads=1, page_size=1,
-                )  # fmt: skip
-                with tile_rows(tile_q):
-                    yield f"{dtype} d={head_dim} tile={tile_q} rows", cascade
+                # 64 rows of the result for each of 132 CTAs: decode_sm90.cu finds early where up to 91 have states, and
+                # lists 1024 states; the first CTA's rows have more where few tokens share much.
+                for name, own, shared, group_size in (
+                    ("rows", [5] * 528, ([12] * 44, [70] * 44), 16),
+                    ("states", [20] * 1100, ([16], [20_000]), 8),
+                ):
+                    cascade = build_cascade(
+                        own, [shared], dtype=dtype, head_dim=head_dim, group_size=group_size,
+                        num_kv_heads=1, page_size=1 if name == "rows" else 16,
+                    )  # fmt: skip
+                    with tile_rows(tile_q):
+                        yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
     for dtype, tile_q in itertools.product(kernels.DECODE_DTYPES, (None, 16, 32, 64)):
         many = (
             40 if dtype == "bfloat16" and tile_q is not None else 0

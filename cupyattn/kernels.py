@@ -100,8 +100,9 @@ class DecodeSm90Config:
     uneven_overhead: ClassVar[tuple[int, int]] = 1, 4
 
     def shared_bytes(self, head_dim: int) -> int:
-        """Dynamic shared memory of a CTA: four tiles of keys and values, queries of two segments, places of states."""
-        return 2 * head_dim * (4 * 2 * self.tile_kv + 2 * self.tile_q) + 1024 + 3 * 2048
+        """Dynamic shared memory of a CTA: four tiles of keys and values, queries of two segments, where states are."""
+        lists = 3 * 2048 + 94 * 24 + 1024 * 4  # as they are found; of 93 rows; of 1024 states
+        return 2 * head_dim * (4 * 2 * self.tile_kv + 2 * self.tile_q) + 1024 + lists
 
 
 DECODE_SM90_HEAD_DIMS = (64, 128)  # of more, two warpgroups' accumulators leave no registers

@@ -10,8 +10,8 @@
 // requests' own keys, a tile or two, is to end one segment and to begin another.
 //
 // The warps that copy have nothing left to do when the last tiles are on their way. So they find where the states of this
-// CTA's rows will be, and wait for them: merging (cascade.cuh) is a long way through code that runs once, of which that
-// much is done when the last state is there. They merge a third of the rows, and each warpgroup another.
+// CTA's rows will be, and list that: merging (cascade.cuh) is a long way through code that runs once, of which little is
+// left then for those whose state all wait for. They merge a third of the rows, and each warpgroup another.
 //
 // What a run is, where states go and how results are made of them: as in decode.cu.
 
@@ -67,6 +67,20 @@ __device__ __noinline__ void merge_apart(const MergeInputs<T, kHeadDim, kTileQ>&
   rows.merge(team, are_found);
 }
 
+// The same of states that are listed.
+template <typename Slots, typename T>
+__device__ __noinline__ void merge_listed(Slots partials, const typename ListedStates<Slots, T>::Row* rows,
+                                          const int* list, int first_row, int first_line, int end_line) {
+  const int number = threadIdx.x / 128;
+  const Team<128> team{static_cast<int>(threadIdx.x) - number * 128, 0, 1 + number};
+  const ListedStates<Slots, T> states{rows, list, first_row, row_parts(4, end_line - first_line)};
+  merge_lines<8>(team, partials, states, false, first_line, end_line, nullptr, [&](int row, int dim) {
+    const auto& target = rows[row - first_row];
+    using Row = typename Output<T, 1>::Row;
+    return Row{target.out + dim, dim == 0 ? target.lse : nullptr};
+  });
+}
+
 // clang-format off
 template <typename T, int kHeadDim, typename Cascade>
 __global__ void __launch_bounds__(384, 1)
@@ -116,8 +130,9 @@ __global__ void __launch_bounds__(384, 1)
   constexpr int kBlocks = kHeadDim / kBlockColumns;
   constexpr int kLogits = kTileKV / 2;  // of a tile, a thread's
   constexpr int kSteps = kTileKV / 16;  // of P V
-  constexpr int kTeamRows = 31;         // of each team, up to which their states are found before
+  constexpr int kTeamRows = 31;         // of each team, up to which their states are found and listed before
   constexpr int kTeamStates = 256;      // RowStates::Found that a team has room for
+  constexpr int kMostListed = 1024;     // states of all their rows
   using Layout = BlockLayout<kHeadDim, kTileKV>;
   using QueryLayout = BlockLayout<kHeadDim, kTileQ>;
   constexpr int kTileBytes = kTileKV * Layout::kRowBytes;
@@ -136,6 +151,12 @@ __global__ void __launch_bounds__(384, 1)
   const PageStrides k_strides{k_stride_page, k_stride_token, k_stride_head};
   const PageStrides v_strides{v_stride_page, v_stride_token, v_stride_head};
   using Slots = Partials<kHeadDim, kTileQ, true>;
+  using Listed = ListedStates<Slots, T>;
+  auto* smem_rows = reinterpret_cast<typename Listed::Row*>(smem_states + 3 * 2 * kTeamStates);
+  int* smem_list =
+      reinterpret_cast<int*>(smem_rows + 3 * kTeamRows + 1);  // 16-byte aligned, as what follows it
+  static_assert(sizeof(typename Listed::Row) == 24 && 3 * kTeamRows == 93 && kMostListed == 1024,
+                "DecodeSm90Config.shared_bytes");
   const auto slots = [&]() { return Slots{partial_out, partial_flags}; };
   const auto results = [&]() {
     return Output<T, kTileQ>{out,  lse, out_stride_token, out_stride_head, lse_stride_token, lse_stride_head,
@@ -145,6 +166,9 @@ __global__ void __launch_bounds__(384, 1)
   __shared__ Segment smem_segments[kSegments];
   __shared__ RunEnd smem_run_end;
   __shared__ bool smem_all_there;
+  __shared__ int smem_num_listed;      // or more than there is room for
+  __shared__ int smem_first_row;       // that is listed
+  __shared__ int smem_first_lines[4];  // of each team, and the end
   __shared__ Levels smem_levels;
   using Inputs = MergeInputs<T, kHeadDim, kTileQ>;
   __shared__ alignas(16) unsigned char smem_inputs[sizeof(Inputs)];
@@ -170,6 +194,7 @@ __global__ void __launch_bounds__(384, 1)
   if (tid == kRowThreads && key_maps.box_rows > 0)
     prefetch_map(key_maps.first), prefetch_map(key_maps.second);
   if (tid == 0) {
+    smem_num_listed = 0;
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full_at(stage), kCopyThreads);
       mbarrier_init(empty_at(stage), kRowThreads);
@@ -274,7 +299,7 @@ __global__ void __launch_bounds__(384, 1)
     }
   };
   // Lines of the result that this CTA merges, a third each of its three teams: both warpgroups, and the warps that copy. These
-  // find where all their states are, unless there is no room for that.
+  // find and list where all their states are, unless there is no room for that.
   const auto first_line_of = [&](const TileInfo& share, int team) {
     const int each = static_cast<u32>(share.end_line - share.first_line + 2) / 3;
     return min(share.first_line + team * each, share.end_line);
@@ -287,6 +312,12 @@ __global__ void __launch_bounds__(384, 1)
     return num_rows <= 3 * kTeamRows && num_rows * problem.levels.num_levels <= 3 * kTeamStates;
   };
   const auto merge_lines_of = [&](int team) {
+    if (__builtin_expect(smem_num_listed <= kMostListed, 1)) {
+      const int first = smem_first_lines[team];
+      const int end = smem_first_lines[team + 1];
+      if (first < end) merge_listed<Slots, T>(slots(), smem_rows, smem_list, smem_first_row, first, end);
+      return;
+    }
     const TileInfo share = share_of(inputs.partition);
     const int first = first_line_of(share, team);
     const int end = first_line_of(share, team + 1);
@@ -409,6 +440,14 @@ __global__ void __launch_bounds__(384, 1)
       const TeamMerge<kTileKV, T, kHeadDim, kTileQ> rows{problem,          partition,      partials,   output,
                                                          share.first_line, share.end_line, smem_states};
       rows.find_early(share.end_line, tid - kRowThreads, kCopyThreads);
+      Team<kCopyThreads>{tid - kRowThreads, 0, 3}.sync();
+      rows.list_states(share.end_line, tid - kRowThreads, kCopyThreads, smem_rows, smem_list, kMostListed,
+                       &smem_num_listed);
+      if (tid - kRowThreads < 4)
+        smem_first_lines[tid - kRowThreads] = first_line_of(share, tid - kRowThreads);
+      if (tid == kRowThreads) smem_first_row = share.first_line / Slots::kRowLines;
+    } else if (tid == kRowThreads) {
+      smem_num_listed = kMostListed + 1;
     }
     // Who waits for states must not keep CTAs from starting that are to write some: partials.cuh.
     if (tid == kRowThreads) {

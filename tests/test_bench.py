@@ -1219,7 +1219,7 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     seen = set()
     for name, cascade in cascade_problems():
         problem, levels = cascade.problem, cascade.levels
-        kind = next(kind for kind in ("short", "long", "many", "rows", "uneven") if kind in name)
+        kind = next(kind for kind in ("short", "long", "many", "rows", "states", "uneven") if kind in name)
         node_bytes = 16 * sum(pages.batch_size for pages, _ in levels.levels)
         if problem.ckv_dim is None:
             config = kernels.cascade_config("sm_90a", problem.head_dim, ())
@@ -1238,8 +1238,14 @@ def test_sanitizer_cascades_run_every_instance() -> None:
                 instance = "mla_sm90_cascade", kernels.CUDA_TYPES[problem.dtype], mla.tile_q
             used, fits = mla.shared_bytes + kernels._STATIC_SHARED_BYTES + 1024 + node_bytes, False
         assert (used > per_sm) == (kind == "many" and not fits), name  # nodes lie in global memory then
-        if kind == "rows":  # of each CTA, by three teams
-            assert 32 < problem.q.shape[0] * problem.q.shape[1] // 132 <= 90, name
+        if kind in ("rows", "states"):  # of each CTA, by three teams
+            rows_each = problem.q.shape[0] * problem.q.shape[1] // 132
+            assert 32 < rows_each <= 90, name
+        if kind == "states":  # of the first CTA
+            shared, own = (pages.kv_lens.tolist() for pages, _ in levels.levels)
+            num_tiles = -(-shared[0] // 64)
+            num_runs = num_tiles // -(-(num_tiles + len(own)) // 132)
+            assert rows_each * num_runs > 1024, name
         seen.add((instance, kind))
         if kind == "uneven":
             own_lens = levels.levels[-1][0].kv_lens.tolist()
@@ -1264,7 +1270,8 @@ def test_sanitizer_cascades_run_every_instance() -> None:
     kinds |= {(one, kind) for one in instances if one[1] == bfloat16 for kind in ("long", "uneven")}
     rows = {(one, "rows") for one in many if one[0] == "decode_sm90_cascade"}
     assert len(rows) == len(kernels.DECODE_SM90_HEAD_DIMS)
-    assert seen == kinds | rows | {(one, "many") for one in many}
+    states = {(one, "states") for one, _ in rows}
+    assert seen == kinds | rows | states | {(one, "many") for one in many}
 
 
 def test_sanitizer_parts_make_a_whole() -> None:

@@ -510,10 +510,15 @@ def test_workspace_is_left_zero(xp):
             assert workspace is None or is_zeroed(workspace), i
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tile_q"), [("gqa", None), ("gqa", 64), ("gqa", 128), ("mla", None)])
 @pytest.mark.parametrize("shared_len", [40, 9000])
-def test_a_group_may_have_tokens_of_nobody(xp, kind, shared_len):
+def test_a_group_may_have_tokens_of_nobody(xp, kind, tile_q, shared_len):
     """They leave states too (in homes, and in slots), which must not stay for the next launch."""
+    with contextlib.nullcontext() if tile_q is None else tile_rows(tile_q):
+        check_tokens_of_nobody(xp, kind, shared_len)
+
+
+def check_tokens_of_nobody(xp, kind, shared_len):
     shared = [([3], [size(xp, shared_len, 40)])]
     cascade = build_cascade(
         [5, 300, 0, 2], shared, qo_lens=[1, 2, 0, 1], lead=2, padding=3, **sizes(xp, kind), xp=xp
@@ -529,6 +534,23 @@ def test_a_group_may_have_tokens_of_nobody(xp, kind, shared_len):
         assert_right(out[cascade.rows], lse[cascade.rows], attend(cascade.plain), cascade.problem.dtype, kind)
     qo_indptr[0], qo_indptr[-1] = bounds[0], bounds[-1]
     assert cascade_bytes(cascade, workspace=workspace) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("requests_per_sm", [9, 13])
+def test_more_states_or_rows_than_are_listed(gpu, requests_per_sm, head_dim):
+    """In tiles of 128 rows: with 9 some 75 rows a CTA, and 25 states each of the first one's; with 13 too many rows."""
+    num_sms = gpu.cuda.Device().attributes["MultiProcessorCount"]
+    with tile_rows(128):
+        cascade = build_cascade(
+            [20] * (requests_per_sm * num_sms), [([16], [20_000])], num_kv_heads=1, group_size=8,
+            head_dim=head_dim, xp=gpu,
+        )  # fmt: skip
+        workspace = workspace_for(cascade)
+        for _ in range(2):
+            check_cascade(cascade, workspace=workspace)
+            assert is_zeroed(workspace)
 
 
 @pytest.mark.gpu

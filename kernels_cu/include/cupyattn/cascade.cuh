@@ -374,6 +374,11 @@ __device__ __forceinline__ auto result_row(const CascadeProblem& problem, const 
   return output.row_of(problem.row_of(tile.qo_begin + token), head, dim);
 }
 
+// As many times four lanes, in powers of two, as share the states of a line, where `num_warps` merge so many lines of rows.
+__device__ __forceinline__ int row_parts(int num_warps, int num_lines) {
+  return min(31 - __clz(num_warps * 8 / max(num_lines, 1) | 1), 3);
+}
+
 // The states of rows of the result, as merge_lines asks for them. Lines are those of all rows: (token, query head) and
 // line of the row. Where a row's states lie in each level is found by the lanes of a line together, or, where a row has more
 // lines than a warp takes at once, for all rows of a share beforehand. It is kept in shared memory.
@@ -384,6 +389,9 @@ struct RowStates {
     int slot_row;
     int num_states;
   };
+  static __device__ __forceinline__ int state_row(const Found& level, int state) {
+    return level.slot_row + (state == 0 ? 1 : 2 * state) * kTileQ;
+  }
   static constexpr bool kClearsAtOnce = true;  // finding states again costs more
   static constexpr bool kMayBeNone = true;
   static constexpr int kLinesOfWarp = 8;  // at once, at most
@@ -410,7 +418,7 @@ struct RowStates {
         partition(partition),
         scratch(reinterpret_cast<Found*>(scratch)),
         first_row(static_cast<u32>(first_line) / Partials::kRowLines),
-        parts(min(31 - __clz(kWarps * kLinesOfWarp / max(end_line - first_line, 1) | 1), 3)) {}
+        parts(row_parts(kWarps, end_line - first_line)) {}
 
   // By thread `thread` of `num_threads`; a barrier follows.
   __device__ __forceinline__ void find_all(int end_line, int thread, int num_threads) const {
@@ -475,8 +483,7 @@ struct RowStates {
       for (int i = 0; i < kCount; ++i) {
         const int state = min(begin + i * step, num_states - 1) - first;
         if (state >= 0) {
-          lines.at[i] =
-              (level.slot_row + (state == 0 ? 1 : 2 * state) * kTileQ) * Partials::kRowLines + in_row;
+          lines.at[i] = state_row(level, state) * Partials::kRowLines + in_row;
         }
       }
       first += level.num_states;
@@ -517,6 +524,60 @@ struct RowStates {
   }
 };
 
+// The same of rows whose states have been found and listed before, in shared memory, so that little is left to do when the
+// last one is there.
+template <typename Partials, typename T>
+struct ListedStates {
+  struct Row {
+    T* out;          // where its result goes; null: nowhere
+    float* lse;      // or null
+    int first;       // of its states, in the list
+    int num_states;  // 0: there is nothing to merge
+  };
+  static constexpr bool kClearsAtOnce = true;
+  static constexpr bool kMayBeNone = true;
+
+  const Row* rows;  // from `first_row` on
+  const int* list;  // rows of states
+  int first_row;
+  int parts;  // log2
+  int first;
+  int num_states;
+  int most_states;
+  bool is_written;
+
+  __device__ __forceinline__ int parts_log2() const { return parts; }
+  __device__ __forceinline__ int count() const { return num_states; }
+  __device__ __forceinline__ int most() const { return most_states; }
+  __device__ __forceinline__ bool has_result() const { return is_written; }
+  template <int kCount>
+  struct Lines {
+    int at[kCount];
+  };
+  template <int kCount>
+  __device__ __forceinline__ Lines<kCount> find_lines(int begin, int step, int line) const {
+    Lines<kCount> lines;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int state = max(min(begin + i * step, num_states - 1), 0);
+      lines.at[i] = list[first + state] * Partials::kRowLines + static_cast<u32>(line) % Partials::kRowLines;
+    }
+    return lines;
+  }
+  template <int kCount>
+  __device__ __forceinline__ int line_at(const Lines<kCount>& lines, int i) const {
+    return lines.at[i];
+  }
+  __device__ __forceinline__ bool enter(int line, bool exists) {
+    const Row& row = rows[static_cast<u32>(line) / Partials::kRowLines - first_row];
+    num_states = exists ? row.num_states : 0;
+    first = num_states > 0 ? row.first : 0;
+    is_written = row.out != nullptr;
+    most_states = __reduce_max_sync(0xffffffffu, num_states);
+    return num_states > 0;
+  }
+};
+
 // Lines `first_line` .. `end_line` - 1 of the result, of all rows, as a team of kThreads merges them. `scratch`: shared
 // memory of the team, RowStates::Found for kMostRows rows in all levels. kFindsEarly: where the states of
 // these rows are, others may have found before.
@@ -542,12 +603,54 @@ struct RowMerge {
   __device__ __forceinline__ void find_early(int end, int thread, int num_threads) const {
     States(problem, partition, first_line, end_line, scratch).find_all(end, thread, num_threads);
   }
-  __device__ __forceinline__ void merge(const Team<kThreads>& team, bool are_found) const {
+  __device__ __forceinline__ auto result_row(int row, int dim) const {
     const u32 num_qo_heads = problem.num_kv_heads * problem.group_size.value;
-    const auto find = [&](int row, int dim) {
-      const int token = static_cast<u32>(row) / num_qo_heads;
-      return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
-    };
+    const int token = static_cast<u32>(row) / num_qo_heads;
+    return output.row_of(problem.row_of(token), row - token * num_qo_heads, dim);
+  }
+  // Lists what `find_early` has found, and a barrier after it has made known, of up to line `end`: in `rows`, and in `list`,
+  // which has `room` for so many states. `*num_listed`, 0 before, says whether that was enough; if not, all is to be merged
+  // from what has been found. Eight threads a row, of whole warps. (Which row's states are listed first, time decides; in
+  // what order they are merged does not depend on it.)
+  using Listed = ListedStates<Slots, T>;
+  __device__ __forceinline__ void list_states(int end, int thread, int num_threads,
+                                              typename Listed::Row* rows, int* list, int room,
+                                              int* num_listed) const {
+    const int first_row = static_cast<u32>(first_line) / Slots::kRowLines;
+    const int end_row = static_cast<u32>(end + Slots::kRowLines - 1) / Slots::kRowLines;
+    const int num_levels = problem.levels.num_levels;
+    const int lane = thread % 8;
+#pragma unroll 1
+    for (int row = thread / 8; row < end_row - first_row; row += num_threads / 8) {
+      const auto* found = reinterpret_cast<const typename States::Found*>(scratch) + row * num_levels;
+      auto target = result_row(first_row + row, 0);
+      int num_states = 0;
+#pragma unroll 1
+      for (int level = 0; level < num_levels; ++level) num_states += found[level].num_states;
+      const bool is_request = found[num_levels - 1].num_states > 0;
+      if (is_request && num_states == 1) num_states = 0;  // which is the result
+      if (!is_request) target.out = nullptr;
+      int next = 0;
+      if (lane == 0) {
+        next = atomicAdd(num_listed, num_states);
+        rows[row] = {target.out, target.lse, next, num_states};
+      }
+      next = __shfl_sync(0xffu << (lane_id() & 24), next, 0, 8);
+      if (next + num_states > room) continue;
+#pragma unroll 1
+      for (int level = 0; num_states > 0; ++level) {
+        const auto here = found[level];
+#pragma unroll 1
+        for (int state = lane; state < here.num_states; state += 8) {
+          list[next + state] = States::state_row(here, state);
+        }
+        next += here.num_states;
+        num_states -= here.num_states;
+      }
+    }
+  }
+  __device__ __forceinline__ void merge(const Team<kThreads>& team, bool are_found) const {
+    const auto find = [&](int row, int dim) { return result_row(row, dim); };
     if constexpr (States::kFindsAll) {
 #pragma unroll 1
       for (int line = first_line; line < end_line;) {
@@ -558,8 +661,7 @@ struct RowMerge {
           team.sync();
         }
         are_found = false;
-        // With fewer at once there is less code to fetch; latents have more to wait for.
-        merge_lines<kFindsEarly ? 4 : 8>(team, partials, states, false, line, end, scratch, find);
+        merge_lines<8>(team, partials, states, false, line, end, scratch, find);
         line = end;
         if (line < end_line) team.sync();  // the scratch memory is free again
       }
