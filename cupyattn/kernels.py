@@ -254,13 +254,13 @@ def _decode_instances(arch: str) -> Iterator[tuple[str | int, ...]]:
 
 
 #: Tiles of 128 query rows, for each SM, of which decode_sm90.cu needs as many to be faster than decode.cu.
-_SM90_TILES_PER_SM = 1.5
+_SM90_TILES_PER_SM = 0.9
 #: How long a tile of keys takes a cascade, by its query rows, in units of reading it from HBM: where one tile of rows
 #: has all that see the keys, and where others read them too (then they are in L2). From bench/NOTES.md.
-_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0), 128: (1.3, 1.3)}
+_DECODE_TILE_COSTS = {16: (1.0, 0.7), 32: (1.0, 1.15), 64: (1.2, 1.0), 128: (1.15, 1.2)}
 #: The same with so many tiles of keys for each SM that memory is the limit: rows that do not exist cost nothing.
-_MEMORY_TILES_PER_SM = 64
-_MEMORY_TILE_COSTS = {**_DECODE_TILE_COSTS, 64: (1.0, 1.0)}
+_MEMORY_TILES_PER_SM = 20
+_MEMORY_TILE_COSTS = {**_DECODE_TILE_COSTS, 64: (1.0, 1.0), 128: (1.0, 1.0)}
 #: Between 16 and 32 rows of one tile there is a tie, which the first wins: it has less to merge.
 _MLA_TILE_COSTS = {16: (1.0, 0.6), 32: (1.0, 0.65), 64: (1.05, 0.6)}
 
@@ -292,12 +292,12 @@ def cascade_config(
         Of each level, tiles of 64 keys that its groups have room for, and the query rows of a group on average (query
         tokens x group size), both per KV head.
     num_kv_heads, num_sms : int
-        Of tiles of 128 rows there must be some for each SM; with many tiles of keys for each, 64 rows cost less.
+        Of tiles of 128 rows there must be one for nearly each SM; with many tiles of keys for each, they cost less.
 
     Notes
     -----
-    Tiles of 128 and 64 rows read shared keys seldom; those of 16 read a request's own keys faster, which a batch may
-    have far more of. With 128 rows there are half as many CTAs as with 64.
+    Tiles of 128 and 64 rows read shared keys seldom; those of 16 read a request's own keys faster, where there are few
+    CTAs. With 128 rows there are half as many as with 64. Of shapes that cost the same, that of the fewest rows it is.
     """
     configs = [
         config

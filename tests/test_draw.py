@@ -132,7 +132,7 @@ def test_command_says_the_figures(capsys):
     assert rows["requests"] == "93"
     assert rows["level 0"] == "3 groups; requests 45, 35, 13; tokens 512, 6144, 2560"
     assert "level 1" not in rows
-    assert re.fullmatch(r"\d+ of 264", rows["CTAs"])
+    assert re.fullmatch(r"\d+ of 132", rows["CTAs"])
 
 
 def test_command_takes_the_batch_that_the_bench_does(capsys):

@@ -295,12 +295,13 @@ def test_shapes_for_cascades():
     assert tile_q((33, 2048), (768, 8)) == 128  # 256 x (2048 + 128), 8/1
     assert tile_q((65, 128), (160, 4), num_kv_heads=8) == 128  # 32 x (4096 + 256), 32/8
     assert tile_q((129, 64), (320, 1), num_kv_heads=8) == 64  # 64 x (8192 + 256), 8/8
-    assert tile_q((32, 256), (96, 8)) == 64  # 32 x (2000 + 128), 8/1: one tile of 128 rows for an SM
-    assert tile_q((147, 248), (7230, 8)) == 32  # the tool-agent batch: nearly nothing is
-    assert tile_q((147, 31), (7230, 1), num_kv_heads=32) == 32  # the same, 32/32
-    assert tile_q((147, 124), (7230, 4), num_kv_heads=8) == 64  # 32/8: many tiles of keys for each SM
-    assert tile_q((147, 124), (7230, 4)) == 32
-    assert tile_q((33, 256), (768, 1)) == 64  # 256 x (2048 + 128), 8/8
+    assert tile_q((32, 256), (96, 8)) == 128  # 32 x (2000 + 128), 8/1: one tile of 128 rows for an SM
+    assert tile_q((32, 128), (64, 8)) == 64  # fewer
+    assert tile_q((147, 248), (7230, 8)) == 128  # the tool-agent batch: memory is the limit
+    assert tile_q((147, 31), (7230, 1), num_kv_heads=32) == 32  # the same, 32/32: one tile of 32 rows has all
+    assert tile_q((147, 124), (7230, 4), num_kv_heads=8) == 128  # 32/8
+    assert tile_q((33, 256), (768, 1), num_kv_heads=8) == 128  # 256 x (2048 + 128), 8/8
+    assert tile_q((64, 64), (128, 1), num_kv_heads=8) == 128  # 64 x (4096 + 128), 8/8: it is not
     assert tile_q((9, 64), (84, 4)) == 32  # 16 x (512 + 256), 32/8
     assert tile_q((63, 8), (24, 1)) == 16  # one tile of rows has all
     assert tile_q((63, 17), (24, 1)) == 32
