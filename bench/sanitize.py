@@ -205,7 +205,7 @@ def cascade_structures(many: int) -> dict[str, dict[str, Any]]:
     long    a group with more tiles than there are CTAs: it is split, in runs of several tiles; tokens in any order
     uneven  requests of which one has five times as many tiles of its own as another
     many    dozens of requests (`many`, or none of this), so that there are more groups than CTAs, and more than shared
-            memory has room for beside the tiles
+            memory has room for beside the tiles (but for those of 128 rows and 64 columns)
     """
     structures: dict[str, dict[str, Any]] = {
         "short": {
@@ -260,13 +260,13 @@ def cascade_problems() -> Iterator[tuple[str, Any]]:
             if tile_q == kernels.DecodeSm90Config.tile_q and dtype == "bfloat16":
                 # 64 rows of the result for each of 132 CTAs: decode_sm90.cu finds early where up to 91 have states, and
                 # lists 1024 states; the first CTA's rows have more where few tokens share much.
-                for name, own, shared, group_size in (
-                    ("rows", [5] * 528, ([12] * 44, [70] * 44), 16),
-                    ("states", [20] * 1100, ([16], [20_000]), 8),
+                for name, own, shared, group_size, page_size in (
+                    ("rows", [5] * 528, ([12] * 44, [70] * 44), 16, 1),
+                    ("states", [20] * 1100, ([16], [20_000]), 8, 16),
                 ):
                     cascade = build_cascade(
                         own, [shared], dtype=dtype, head_dim=head_dim, group_size=group_size,
-                        num_kv_heads=1, page_size=1 if name == "rows" else 16,
+                        num_kv_heads=1, page_size=page_size,
                     )  # fmt: skip
                     with tile_rows(tile_q):
                         yield f"{dtype} d={head_dim} tile={tile_q} {name}", cascade
